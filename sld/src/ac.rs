@@ -1,0 +1,78 @@
+//! The verdict on an #AC exit.
+
+use core::fmt;
+
+use crate::cpu::RealBit;
+
+/// The guest's state at the #AC, as the VMCS and CR0 have it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(test, derive(Hash))]
+pub struct AcContext {
+    /// Current privilege level, 0 to 3. Real mode counts as 0, virtual-8086 mode as 3: the DPL
+    /// that VMX stores for SS says both.
+    pub cpl: u8,
+    /// CR0.AM as the guest sees it.
+    pub cr0_am: bool,
+    /// RFLAGS.AC.
+    pub eflags_ac: bool,
+}
+
+impl AcContext {
+    /// Whether this may be an ordinary alignment check (Intel SDM vol. 3, "Interrupt 17:
+    /// Alignment Check Exception"): only at CPL 3, with CR0.AM and EFLAGS.AC set. It looks the
+    /// same as a split lock's #AC, and the guest that asked for alignment checks is owed it.
+    #[must_use]
+    pub const fn legacy(self) -> bool {
+        self.cpl == 3 && self.cr0_am && self.eflags_ac
+    }
+}
+
+/// What to do with an #AC that a guest raised.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[must_use]
+pub enum Verdict {
+    /// It is the guest's: deliver #AC with error code 0 (in real mode without one).
+    Inject,
+    /// Say so if `first`, and resume the guest at the same instruction: detection is off.
+    Warn {
+        /// This task has not been warned before.
+        first: bool,
+        /// The write that switched detection off; `None` if it was off already, because
+        /// something was changed between exit and verdict.
+        real_bit: Option<RealBit>,
+    },
+    /// As `Warn`, but detection stays on for a sibling thread: the caller completes this one
+    /// instruction, by emulation or by a single step with the siblings held out of their guests.
+    ///
+    /// Never returned for a core of which one thread is online. A hypervisor that cannot step
+    /// leaves the other threads offline; if it gets this verdict all the same, it ends the VM as
+    /// for [`Kill`](Self::Kill). To resume would raise the same #AC forever.
+    Step {
+        /// This task has not been warned before.
+        first: bool,
+    },
+    /// End this VM, reason "split lock". The others go on.
+    Kill,
+    /// Detection is off and yet it fired: end this VM, reason "bogus #AC", and say so loudly.
+    KillBogus,
+}
+
+impl Verdict {
+    /// The name used in events.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Inject => "inject",
+            Self::Warn { .. } => "warn",
+            Self::Step { .. } => "step",
+            Self::Kill => "kill",
+            Self::KillBogus => "kill-bogus",
+        }
+    }
+}
+
+impl fmt::Display for Verdict {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.as_str())
+    }
+}

@@ -1,0 +1,337 @@
+//! Shows that the exhaustive check has teeth: this crate is built again and again with a fault
+//! seeded in its source, and `check::explore` must find each.
+//!
+//! The faults are textual changes, so that what ships needs no hooks for them. One whose text is
+//! not found exactly once, or that does not compile, fails the test like one that survives.
+
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::{Duration, Instant};
+use std::{env, fs, thread};
+
+/// One seeded fault.
+struct Mutant {
+    fault: &'static str,
+    /// The test of `check::explore` that finds it.
+    found_by: &'static str,
+    file: &'static str,
+    /// What is replaced by what.
+    edits: &'static [(&'static str, &'static str)],
+}
+
+const fn mutant(
+    file: &'static str,
+    found_by: &'static str,
+    fault: &'static str,
+    edits: &'static [(&'static str, &'static str)],
+) -> Mutant {
+    Mutant { fault, found_by, file, edits }
+}
+
+const ONE_CPU: &str = "one_cpu";
+const THREADS: &str = "two_threads_of_a_core";
+const TWO_CPUS: &str = "two_cpus";
+const ODD: &str = "hardware_that_lacks_or_fails";
+
+#[rustfmt::skip]
+const MUTANTS: &[Mutant] = &[
+    // Boot and end of a CPU.
+    mutant("cpu.rs", ONE_CPU, "boot clears the platform's bits",
+        &[("first, found, cpu.platform_bits | bit(next.on))", "first, found, bit(next.on))")]),
+    mutant("cpu.rs", ONE_CPU, "later writes clear the platform's bits",
+        &[("write_test_ctrl(self.cpu.platform_bits | bit(next.on))", "write_test_ctrl(bit(next.on))")]),
+    mutant("cpu.rs", ONE_CPU, "off leaves the firmware's bit on",
+        &[("SldMode::Off => false", "SldMode::Off => core.on")]),
+    mutant("cpu.rs", ONE_CPU, "fatal leaves the firmware's bit off",
+        &[("SldMode::Fatal => true", "SldMode::Fatal => core.on")]),
+    mutant("cpu.rs", ONE_CPU, "the bit is not verified at boot",
+        &[("    if toggle {", "    if false && toggle {")]),
+    mutant("cpu.rs", ODD, "what was written is not read back",
+        &[("Ok(read) if read == value => Ok(())", "Ok(_) => Ok(())")]),
+    mutant("cpu.rs", ODD, "a failed probe is ignored",
+        &[("        return Err(failure);\n", "        let _ = failure;\n")]),
+    mutant("hardware.rs", ODD, "a model that is not on the list is touched",
+        &[("family == 6 && MODELS_NOT_ENUMERATING.contains(&model)", "family == 6 || model == 0")]),
+    mutant("cpu.rs", ONE_CPU, "the boot value is not restored",
+        &[("if core.online == 0 { core.boot_on } else { wanted(core, mode) }", "wanted(core, mode)")]),
+    mutant("cpu.rs", THREADS, "the boot value is restored under a sibling",
+        &[("if core.online == 0 { core.boot_on } else { wanted(core, mode) }", "core.boot_on")]),
+    mutant("cpu.rs", THREADS, "a thread that went offline still counts",
+        &[("            core.online -= 1;\n", "")]),
+    mutant("cpu.rs", THREADS, "the flag of a thread that went offline still counts",
+        &[("            core.disabled -= u8::from(disabled);\n", "            let _ = disabled;\n")]),
+    mutant("cpu.rs", THREADS, "a sibling is probed by toggling",
+        &[("bring_to(hardware, first, found", "bring_to(hardware, true, found")]),
+    mutant("cpu.rs", THREADS, "a sibling comes online without detection",
+        &[("next.on = wanted(&next, mode);", "next.on = if first { wanted(&next, mode) } else { core.on };")]),
+
+    // Task switch.
+    mutant("cpu.rs", ONE_CPU, "the task switch does nothing",
+        &[("this.run_with(next.disabled, Why::TaskSwitch)", "Ok(None)")]),
+    mutant("cpu.rs", ONE_CPU, "the task switch does not compare",
+        &[(" && this.cpu.disabled != next.disabled", "")]),
+    mutant("cpu.rs", ONE_CPU, "the task switch takes the flag for its opposite",
+        &[("this.cpu.disabled != next.disabled", "this.cpu.disabled == next.disabled"),
+          ("this.run_with(next.disabled,", "this.run_with(!next.disabled,")]),
+
+    // Flag and bit.
+    mutant("vcpu.rs", ONE_CPU, "flag set without the MSR",
+        &[("let written = self.run_with(disabled, why)?;", "let (written, _) = (None, why);")]),
+    mutant("vcpu.rs", ONE_CPU, "MSR written without the flag",
+        &[("        task.disabled = disabled;\n", "")]),
+    mutant("cpu.rs", ONE_CPU, "polarity of the bit swapped",
+        &[("if on { TEST_CTRL_SPLIT_LOCK } else { 0 }", "if on { 0 } else { TEST_CTRL_SPLIT_LOCK }")]),
+    mutant("vcpu.rs", ONE_CPU, "polarity swapped between wish and flag",
+        &[("task.disabled == on {", "task.disabled != on {"),
+          ("this.set_disabled(task, !on, why)", "this.set_disabled(task, on, why)")]),
+    mutant("cpu.rs", ONE_CPU, "WRMSR of the value that is there",
+        &[("if next.on == core.on {", "if false {")]),
+
+    // Siblings.
+    mutant("cpu.rs", THREADS, "sibling overwritten",
+        &[("wanted(core, SldMode::Warn)", "!disabled")]),
+    mutant("cpu.rs", THREADS, "off as soon as one thread wants it off",
+        &[("core.disabled < core.online", "core.disabled == 0")]),
+    mutant("cpu.rs", THREADS, "with siblings always on",
+        &[("core.disabled < core.online", "core.disabled < core.online || core.online > 1")]),
+    mutant("cpu.rs", ONE_CPU, "MSR written outside of the critical section",
+        &[("let mut core = self.core.lock();", "let core = *self.core.lock();"),
+          ("let mut next = *core;", "let mut next = core;"),
+          ("        *core = next;\n        Ok(written)", "        *self.core.lock() = next;\n        Ok(written)")]),
+
+    // Load and put.
+    mutant("vcpu.rs", ONE_CPU, "load without effect",
+        &[("self.update(guard, task, self.wants_on(), Why::Load)", "self.update(guard, task, !task.disabled, Why::Load)")]),
+    mutant("vcpu.rs", ONE_CPU, "write on every load",
+        &[("        self.loaded = Some(task.id);\n",
+           "        self.loaded = Some(task.id);
+            let this = guard.this_cpu();
+            let _core = this.core.lock();
+            if let Ok(value) = this.hardware.read_test_ctrl() {
+                this.hardware.write_test_ctrl(value)?;
+            }
+            drop(_core);\n")]),
+    mutant("vcpu.rs", ONE_CPU, "load does not save the flag",
+        &[("            self.host_sld_disabled = task.disabled;\n", "")]),
+    mutant("vcpu.rs", ONE_CPU, "a repeated load saves the guest's flag",
+        &[("if self.loaded.is_none() {\n            self.host", "if true {\n            self.host")]),
+    mutant("vcpu.rs", ONE_CPU, "put without restore",
+        &[("self.update(guard, task, !self.host_sld_disabled, Why::Put)?", "None; let _ = (guard, task)")]),
+    mutant("vcpu.rs", ONE_CPU, "put restores the opposite",
+        &[("!self.host_sld_disabled, Why::Put", "self.host_sld_disabled, Why::Put")]),
+    mutant("vcpu.rs", ONE_CPU, "put switches detection on, whatever it was",
+        &[("!self.host_sld_disabled, Why::Put", "true, Why::Put")]),
+    mutant("vcpu.rs", ONE_CPU, "put leaves the vCPU loaded",
+        &[("        self.loaded = None;\n", "")]),
+
+    // Modes and policies.
+    mutant("vcpu.rs", ONE_CPU, "fatal propagated",
+        &[("if this.cpu.mode == SldMode::Warn && has_say", "if this.cpu.mode != SldMode::Off && has_say"),
+          ("matches!(self.vm.mode, SldMode::Fatal) || self.virtual_bit()", "self.virtual_bit()")]),
+    mutant("vcpu.rs", ODD, "propagated where detection is absent",
+        &[("if this.cpu.mode == SldMode::Warn && has_say", "if this.cpu.mode != SldMode::Fatal && has_say")]),
+    mutant("vcpu.rs", ONE_CPU, "a fatal VM's write propagated",
+        &[("matches!(self.vm.mode, SldMode::Fatal) || self.virtual_bit()", "self.virtual_bit()")]),
+    mutant("vcpu.rs", ONE_CPU, "a fatal VM loaded without detection",
+        &[("let has_say = self.vm.exposed || matches!(self.vm.mode, SldMode::Fatal);", "let has_say = self.vm.exposed;")]),
+    mutant("vcpu.rs", ONE_CPU, "an unaware guest's zero taken for a wish",
+        &[("let has_say = self.vm.exposed || matches!(self.vm.mode, SldMode::Fatal);", "let has_say = true;")]),
+    mutant("mode.rs", ONE_CPU, "exposed although the mode is off",
+        &[("expose && mode != SldMode::Off && host.enforced != SldMode::Off", "expose")]),
+
+    // The virtual MSR.
+    mutant("vcpu.rs", ONE_CPU, "reset does not clear",
+        &[("        self.msr_test_ctrl = 0;\n        self.propagate", "        self.propagate")]),
+    mutant("vcpu.rs", ONE_CPU, "reset clears without effect",
+        &[("        self.msr_test_ctrl = 0;\n        self.propagate(guard, task)",
+           "        self.msr_test_ctrl = 0;\n        let _ = (guard, task);\n        Ok(None)")]),
+    mutant("vcpu.rs", ONE_CPU, "guest write stored without effect",
+        &[("Ok(self.propagate(guard, task)?.map_or(MsrWrite::Stored, MsrWrite::Propagated))",
+           "let _ = (guard, task);\n        Ok(MsrWrite::Stored)")]),
+    mutant("vcpu.rs", ONE_CPU, "guest write propagated and not stored",
+        &[("        self.msr_test_ctrl = value;\n        Ok(", "        Ok(")]),
+    mutant("vcpu.rs", ONE_CPU, "write propagated though not loaded",
+        &[("if self.loaded == Some(task.id) {", "if true {")]),
+    mutant("vcpu.rs", TWO_CPUS, "host write propagated where another task runs",
+        &[("if self.loaded == Some(task.id) {", "if self.loaded.is_some() {")]),
+    mutant("vcpu.rs", ONE_CPU, "reserved bits accepted",
+        &[("if value & !valid != 0 {", "if value & !valid & 1 != 0 {")]),
+    mutant("vcpu.rs", ONE_CPU, "bit 29 accepted from an unaware guest",
+        &[("let valid = if self.vm.exposed { TEST_CTRL_SPLIT_LOCK } else { 0 };", "let valid = TEST_CTRL_SPLIT_LOCK;")]),
+    mutant("vcpu.rs", ONE_CPU, "0xCF shown to an unaware guest",
+        &[("Msr::CoreCapabilities if self.vm.exposed =>", "Msr::CoreCapabilities if true =>")]),
+    mutant("vcpu.rs", ONE_CPU, "0xCF can be written",
+        &[("Msr::CoreCapabilities => Ok(MsrWrite::Gp)", "Msr::CoreCapabilities => Ok(MsrWrite::Stored)")]),
+
+    // The verdict.
+    mutant("vcpu.rs", ODD, "no inject without the feature",
+        &[("this.cpu.test_ctrl == Presence::Absent || ac.legacy()", "ac.legacy()")]),
+    mutant("vcpu.rs", ONE_CPU, "legacy #AC withheld from the guest",
+        &[("this.cpu.test_ctrl == Presence::Absent || ac.legacy()", "this.cpu.test_ctrl == Presence::Absent"),
+          ("ac: AcContext,", "_: AcContext,")]),
+    mutant("vcpu.rs", ODD, "bogus #AC let pass",
+        &[("SldMode::Off => return Ok(Verdict::KillBogus)", "SldMode::Off => self.vm.mode")]),
+    mutant("vcpu.rs", ONE_CPU, "a guest's own split lock withheld",
+        &[("if self.vm.exposed && self.virtual_bit() {", "if false {")]),
+    mutant("vcpu.rs", ONE_CPU, "injected although the guest's bit is clear",
+        &[("if self.vm.exposed && self.virtual_bit() {", "if self.vm.exposed {")]),
+    mutant("vcpu.rs", ONE_CPU, "a fatal VM warned",
+        &[("host => host.max(self.vm.mode)", "host => host")]),
+    mutant("vcpu.rs", ONE_CPU, "a VM of a fatal host warned",
+        &[("if mode == SldMode::Fatal {", "if false {")]),
+    mutant("vcpu.rs", ONE_CPU, "warned and resumed with the bit on",
+        &[("let real_bit = if already { None } else { this.set_disabled(task, true, Why::Warn)? };", "let real_bit = None;")]),
+    mutant("vcpu.rs", ONE_CPU, "warned by the flag alone",
+        &[("this.set_disabled(task, true, Why::Warn)?", "{ task.disabled = true; None }")]),
+    mutant("vcpu.rs", ONE_CPU, "warned every time",
+        &[("let first = !task.warned;", "let first = true;")]),
+    mutant("vcpu.rs", THREADS, "resumed though a sibling keeps the bit on",
+        &[("if real_bit.is_some() || (already && !this.core.has_siblings()) {", "if true {")]),
+    mutant("vcpu.rs", THREADS, "resumed though a sibling may bring the bit back forever",
+        &[("(already && !this.core.has_siblings())", "already")]),
+    mutant("vcpu.rs", ONE_CPU, "a step where nobody else runs",
+        &[("(already && !this.core.has_siblings())", "false")]),
+
+    // What the caller is told.
+    mutant("cpu.rs", ONE_CPU, "a write is not reported",
+        &[("            Some(RealBit { on: next.on, why })", "            let _ = why;\n            None")]),
+    mutant("cpu.rs", ONE_CPU, "a write is reported as its opposite",
+        &[("Some(RealBit { on: next.on, why })", "Some(RealBit { on: !next.on, why })")]),
+    mutant("vcpu.rs", ONE_CPU, "a write is reported with another reason",
+        &[("!self.host_sld_disabled, Why::Put", "!self.host_sld_disabled, Why::Load")]),
+];
+
+/// How one came out, as a line for people.
+struct Outcome {
+    ok: bool,
+    line: String,
+}
+
+#[test]
+fn every_seeded_fault_is_caught() {
+    let tmp = Path::new(env!("CARGO_TARGET_TMPDIR")).join("sld-mutants");
+    let next = AtomicUsize::new(0);
+    let outcomes = Mutex::new(Vec::new());
+    let control = thread::scope(|scope| {
+        for worker in 0..thread::available_parallelism().map_or(1, |n| n.get()) {
+            let (next, outcomes, dir) = (&next, &outcomes, tmp.join(worker.to_string()));
+            scope.spawn(move || {
+                while let Some(mutant) = MUTANTS.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let outcome = try_mutant(&dir, mutant);
+                    outcomes.lock().unwrap().push(outcome);
+                }
+            });
+        }
+        // What is built and run must pass without a fault, or "caught" means nothing.
+        build_and_run(&tmp.join("control"), &mutant("lib.rs", ONE_CPU, "none", &[]))
+    });
+    assert_eq!(control, Ok(None), "the unchanged source does not pass");
+
+    let outcomes = outcomes.into_inner().unwrap();
+    let caught = outcomes.iter().filter(|outcome| outcome.ok).count();
+    // Not by println!, which the test harness would swallow.
+    let mut out = io::stdout().lock();
+    for Outcome { line, .. } in &outcomes {
+        let _ = writeln!(out, "{line}");
+    }
+    let _ = writeln!(out, "mutants: {caught} of {} caught", MUTANTS.len());
+    assert_eq!(caught, MUTANTS.len(), "see above");
+}
+
+fn try_mutant(dir: &Path, mutant: &Mutant) -> Outcome {
+    let Mutant { fault, found_by, .. } = mutant;
+    let (ok, line) = match build_and_run(dir, mutant) {
+        Ok(Some(invariant)) => (true, format!("caught: {fault} ({found_by}: {invariant})")),
+        Ok(None) => (false, format!("SURVIVED: {fault} ({found_by})")),
+        Err(why) => (false, format!("USELESS: {fault}: {why}")),
+    };
+    Outcome { ok, line }
+}
+
+/// The invariant that the mutant breaks, `None` if it survives.
+fn build_and_run(dir: &Path, mutant: &Mutant) -> Result<Option<String>, String> {
+    let program = build(dir, mutant)?;
+    let test = format!("check::explore::{}", mutant.found_by);
+    let output = run(Command::new(program).args(["--exact", &test]))?;
+    if output.contains("test result: ok. 1 passed") {
+        return Ok(None);
+    }
+    let broken = output.lines().find_map(|line| line.strip_prefix("broken: "));
+    broken.map(|invariant| Some(invariant.to_owned())).ok_or(output)
+}
+
+/// Compiles the crate's own tests with the fault in it.
+fn build(dir: &Path, mutant: &Mutant) -> Result<PathBuf, String> {
+    let src = dir.join("src");
+    copy(&Path::new(env!("CARGO_MANIFEST_DIR")).join("src"), &src);
+    // The check is needed alone, and without crates from elsewhere.
+    for unneeded in ["mod probe;\n", "mod sequences;\n", "mod threads;\n"] {
+        edit(&src.join("check/mod.rs"), unneeded, "")?;
+    }
+    for (from, to) in mutant.edits {
+        edit(&src.join(mutant.file), from, to)?;
+    }
+    let program = dir.join("mutant");
+    let rustc = env::var_os("RUSTC").unwrap_or_else(|| "rustc".into());
+    let mut compile = Command::new(rustc);
+    compile
+        .args(["--edition=2024", "--test", "--crate-name=sld", "--cap-lints=allow"])
+        .args(["-Cdebug-assertions=on"])
+        .arg(src.join("lib.rs"))
+        .arg("-o")
+        .arg(&program);
+    let _ = fs::remove_file(&program);
+    let output = run(&mut compile)?;
+    if program.exists() { Ok(program) } else { Err(output) }
+}
+
+fn copy(from: &Path, to: &Path) {
+    let _ = fs::remove_dir_all(to);
+    fs::create_dir_all(to).unwrap();
+    for entry in fs::read_dir(from).unwrap() {
+        let entry = entry.unwrap();
+        let to = to.join(entry.file_name());
+        if entry.file_type().unwrap().is_dir() {
+            copy(&entry.path(), &to);
+        } else {
+            fs::copy(entry.path(), to).unwrap();
+        }
+    }
+}
+
+fn edit(file: &Path, from: &str, to: &str) -> Result<(), String> {
+    let text = fs::read_to_string(file).unwrap();
+    let found = text.matches(from).count();
+    if found != 1 {
+        return Err(format!("{} has {found} times: {from}", file.display()));
+    }
+    fs::write(file, text.replace(from, to)).unwrap();
+    Ok(())
+}
+
+/// All that the command prints; an error if it hangs.
+fn run(command: &mut Command) -> Result<String, String> {
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|error| format!("{command:?}: {error}"))?;
+    let mut streams: [Box<dyn io::Read + Send>; 2] =
+        [Box::new(child.stdout.take().unwrap()), Box::new(child.stderr.take().unwrap())];
+    thread::scope(|scope| {
+        let readers = streams.each_mut().map(|stream| scope.spawn(|| io::read_to_string(stream)));
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while child.try_wait().unwrap().is_none() {
+            if Instant::now() > deadline {
+                child.kill().unwrap();
+                return Err(format!("{command:?} hangs"));
+            }
+            thread::sleep(Duration::from_millis(10));
+        }
+        Ok(readers.map(|reader| reader.join().unwrap().unwrap_or_default()).concat())
+    })
+}
