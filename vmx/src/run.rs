@@ -1,0 +1,809 @@
+//! The guest loop: enter, look at the exit, answer it, enter again.
+
+use core::fmt;
+
+use raw_cpuid::CpuIdReaderNative;
+use sld::{AcContext, MsrFault, MsrWrite, PreemptionDisabled, RealBit, Task, Verdict, Written};
+
+use crate::addr::GuestPhysAddr;
+use crate::checks::{self, Finding, Processor};
+use crate::controls::{Entry, Primary};
+use crate::cpuid::OSXSAVE;
+use crate::exit::{
+    BasicReason, CrAccess, CrQualification, EptQualification, EventKind, ExitReason,
+    InterruptionInfo, IoQualification, vector,
+};
+use crate::fields::*;
+use crate::instruction::{VmFail, invvpid_single_context, last_error};
+use crate::msr_policy::{self, Policy};
+use crate::setup::*;
+use crate::vcpu::Loaded;
+use crate::walk::{GuestRead, Paging, translate};
+use crate::world::register::{RAX, RBX, RCX, RDX, RSP};
+
+/// The machine around a vCPU: what the hypervisor kernel provides while the vCPU runs.
+pub trait Host {
+    /// Access to this CPU's split-lock detection; see [`sld::PreemptionDisabled`].
+    type Pinned: PreemptionDisabled;
+    /// The guest's memory.
+    type Memory: GuestRead;
+
+    /// This CPU's split-lock detection and the task that the vCPU runs on.
+    fn sld(&mut self) -> (&mut Self::Pinned, &mut Task);
+    /// The guest's memory.
+    fn memory(&self) -> &Self::Memory;
+
+    /// IN of `size` (1, 2, 4) bytes.
+    fn port_read(&mut self, port: u16, size: u8) -> u32;
+    /// OUT of `size` (1, 2, 4) bytes. `Some(status)` ends the VM.
+    fn port_write(&mut self, port: u16, size: u8, value: u32) -> Option<u32>;
+
+    /// The guest touched `gpa`, where it has no memory. The host may let something stand there
+    /// for the duration of one instruction; false if it will not.
+    fn map_hole(&mut self, gpa: GuestPhysAddr) -> bool;
+    /// That instruction is over.
+    fn unmap_holes(&mut self);
+
+    /// The guest raised #AC.
+    fn on_ac(&mut self, report: &AcReport);
+    /// The guest wrote 0x33.
+    fn on_test_ctrl_write(&mut self, value: u64, result: MsrWrite);
+    /// The real bit was written.
+    fn on_real_bit(&mut self, written: RealBit);
+    /// An exit was taken: for the host's own trail.
+    fn on_exit(&mut self, reason: BasicReason, rip: u64);
+
+    /// VM entry refused the guest's state: what is wrong with it. Called at least once.
+    fn on_invalid_state(&mut self, finding: &Finding<'_>);
+
+    /// A non-maskable interrupt came while the guest ran.
+    fn nmi(&mut self);
+    /// An external interrupt came while the guest ran; it is acknowledged.
+    fn interrupt(&mut self, vector: u8);
+    /// A machine check came while the guest ran.
+    fn machine_check(&mut self);
+}
+
+/// An #AC that a guest raised, and what is done about it.
+#[derive(Debug, Clone, Copy)]
+pub struct AcReport {
+    /// The guest's RIP: an offset into CS.
+    pub rip: u64,
+    /// Privilege level and alignment-check bits.
+    pub context: AcContext,
+    /// The guest's own bit 29.
+    pub virtual_bit: bool,
+    /// What is done.
+    pub verdict: Verdict,
+    /// The bytes at RIP, as far as they can be read.
+    pub bytes: [u8; 15],
+    /// How many of `bytes` are valid.
+    pub bytes_len: u8,
+}
+
+/// Why [`Loaded::run`] returned.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Stop {
+    /// The time slice is over.
+    Slice,
+    /// HLT with nothing pending.
+    Halt,
+    /// The VM is at its end.
+    End(End),
+}
+
+/// How a VM ends.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum End {
+    /// The guest ended itself with this status.
+    Exit(u32),
+    /// A split lock where the policy is fatal.
+    SplitLock,
+    /// #AC although detection is off.
+    BogusAc,
+    /// The guest triple-faulted.
+    TripleFault,
+    /// VM entry refused the guest's state.
+    InvalidState,
+    /// An exit that this hypervisor has no answer to.
+    Unhandled(BasicReason),
+    /// VMLAUNCH or VMRESUME failed: ours to answer for.
+    EntryFailed(VmFail),
+    /// MSR 0x33, which worked at boot, faulted.
+    PlatformFault,
+}
+
+impl fmt::Display for End {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Exit(_) => f.write_str("exit"),
+            Self::SplitLock => f.write_str("split lock"),
+            Self::BogusAc => f.write_str("bogus #AC"),
+            Self::TripleFault => f.write_str("triple fault"),
+            Self::InvalidState => f.write_str("invalid state"),
+            Self::Unhandled(reason) => write!(f, "unhandled exit: {reason}"),
+            Self::EntryFailed(fail) => write!(f, "entry failure: {fail}"),
+            Self::PlatformFault => f.write_str("MSR 0x33 faulted"),
+        }
+    }
+}
+
+impl From<MsrFault> for End {
+    fn from(_: MsrFault) -> Self {
+        Self::PlatformFault
+    }
+}
+
+/// Blocking by STI and by MOV SS: bits 1:0 of the interruptibility state.
+const BLOCKING_STI_MOV_SS: u32 = 3;
+/// Blocking by NMI: bit 3.
+pub(crate) const BLOCKING_NMI: u32 = 1 << 3;
+/// Pending debug exceptions: single step.
+pub(crate) const PENDING_DEBUG_BS: u64 = 1 << 14;
+/// IA32_DEBUGCTL.LBR, which a #DB clears.
+const DEBUGCTL_LBR: u64 = 1 << 0;
+/// DR7.GD, which a #DB clears.
+const DR7_GD: u64 = 1 << 13;
+/// DR6: B0 to B3.
+const DR6_B: u64 = 0xf;
+/// DR6: B0 to B3, BD, BS.
+const DR6_CAUSES: u64 = DR6_B | 1 << 13 | 1 << 14;
+
+/// What an exit handler decides.
+type Handled = Result<(), Stop>;
+
+impl From<End> for Stop {
+    fn from(end: End) -> Self {
+        Self::End(end)
+    }
+}
+
+impl Loaded<'_> {
+    /// Runs the guest for at most `ticks` of the TSC, time in the hypervisor included.
+    pub fn run(&mut self, host: &mut impl Host, ticks: u64) -> Stop {
+        // SAFETY: RDTSC has no effect but on its registers.
+        let deadline = unsafe { core::arch::x86_64::_rdtsc() }.wrapping_add(ticks);
+        let timer = (ticks >> self.caps().preemption_timer_shift()).min(u64::from(u32::MAX));
+        self.vmcs.write(PREEMPTION_TIMER_VALUE, timer as u32);
+        loop {
+            // SAFETY: `self` proves that this vCPU's VMCS is current here and that the host state
+            // is this CPU's; interrupts are off (contract of `load`).
+            let failed = unsafe { crate::world::enter(&raw mut self.vcpu.state) };
+            if failed != 0 {
+                let fail = if failed == 1 { VmFail::Invalid } else { last_error() };
+                return End::EntryFailed(fail).into();
+            }
+            let reason = ExitReason(self.vmcs.read(EXIT_REASON));
+            if reason.is_entry_failure() {
+                return self.entry_failure(host, reason.basic()).into();
+            }
+            if let Err(stop) = self.handle(host, reason.basic()) {
+                return stop;
+            }
+            // A guest that exits all the time must not live on time in which the timer stands
+            // still. SAFETY: as above.
+            if unsafe { core::arch::x86_64::_rdtsc() }.wrapping_sub(deadline) as i64 > 0 {
+                return Stop::Slice;
+            }
+        }
+    }
+
+    #[inline(always)]
+    fn handle(&mut self, host: &mut impl Host, reason: BasicReason) -> Handled {
+        self.vcpu.counters.count(reason);
+        host.on_exit(reason, self.vmcs.read(GUEST_RIP));
+        match reason {
+            BasicReason::CPUID => self.cpuid(),
+            BasicReason::RDMSR => self.rdmsr(host),
+            BasicReason::WRMSR => self.wrmsr(host)?,
+            BasicReason::IO => self.io(host)?,
+            BasicReason::EXCEPTION_OR_NMI => self.exception(host)?,
+            BasicReason::EXTERNAL_INTERRUPT => {
+                host.interrupt(InterruptionInfo(self.vmcs.read(EXIT_INTERRUPTION_INFO)).vector());
+            }
+            BasicReason::PREEMPTION_TIMER => return Err(Stop::Slice),
+            BasicReason::HLT => return self.hlt(),
+            BasicReason::EPT_VIOLATION => self.ept_violation(host)?,
+            BasicReason::MONITOR_TRAP_FLAG => {
+                host.unmap_holes();
+                self.set_primary(Primary::MONITOR_TRAP_FLAG, false);
+            }
+            BasicReason::CR_ACCESS => self.cr_access(host),
+            BasicReason::INTERRUPT_WINDOW | BasicReason::NMI_WINDOW => self.open_window(),
+            BasicReason::TRIPLE_FAULT => return Err(End::TripleFault.into()),
+            // Guest memory is write-back and private: there is nothing to lose or to write back.
+            BasicReason::INVD | BasicReason::WBINVD => self.skip_instruction(),
+            BasicReason::RDPMC => self.inject_gp(),
+            BasicReason::XSETBV => self.xsetbv(),
+            // The guest spins: somebody else had better run.
+            BasicReason::PAUSE => {
+                self.skip_instruction();
+                return Err(Stop::Slice);
+            }
+            // Not offered by CPUID, so they do not exist.
+            BasicReason::MWAIT
+            | BasicReason::MONITOR
+            | BasicReason::GETSEC
+            | BasicReason::VMCALL
+            | BasicReason::VMCLEAR
+            | BasicReason::VMLAUNCH
+            | BasicReason::VMPTRLD
+            | BasicReason::VMPTRST
+            | BasicReason::VMREAD
+            | BasicReason::VMRESUME
+            | BasicReason::VMWRITE
+            | BasicReason::VMXOFF
+            | BasicReason::VMXON
+            | BasicReason::INVEPT
+            | BasicReason::INVVPID => self.inject_fault(vector::UD, None),
+            other => return Err(End::Unhandled(other).into()),
+        }
+        Ok(())
+    }
+
+    #[cold]
+    fn entry_failure(&self, host: &mut impl Host, reason: BasicReason) -> End {
+        if reason == BasicReason::INVALID_GUEST_STATE {
+            let cpu = Processor::read(&CpuIdReaderNative);
+            checks::diagnose(&self.vmcs, self.caps(), &cpu, |finding| {
+                host.on_invalid_state(finding);
+            });
+            End::InvalidState
+        } else {
+            End::Unhandled(reason)
+        }
+    }
+
+    /// Moves RIP behind the instruction that exited, ends the shadow of STI and MOV SS, and lets
+    /// a single step trap afterwards, as if the CPU had executed it.
+    #[inline(always)]
+    fn skip_instruction(&mut self) {
+        let rip = self.vmcs.read(GUEST_RIP);
+        let mut next = rip.wrapping_add(u64::from(self.vmcs.read(EXIT_INSTRUCTION_LENGTH)));
+        if (rip ^ next) >> 32 != 0 && !self.in_64_bit_mode() {
+            next &= 0xffff_ffff;
+        }
+        self.vmcs.write(GUEST_RIP, next);
+        let blocking = self.vmcs.read(GUEST_INTERRUPTIBILITY);
+        if blocking & BLOCKING_STI_MOV_SS != 0 {
+            self.vmcs.write(GUEST_INTERRUPTIBILITY, blocking & !BLOCKING_STI_MOV_SS);
+        }
+        if self.vmcs.read(GUEST_RFLAGS) & RFLAGS_TF != 0 {
+            let pending = self.vmcs.read(GUEST_PENDING_DEBUG);
+            self.vmcs.write(GUEST_PENDING_DEBUG, pending | PENDING_DEBUG_BS);
+        }
+    }
+
+    fn cpuid(&mut self) {
+        let registers = &self.vcpu.state.registers;
+        let (leaf, subleaf) = (registers[RAX] as u32, registers[RCX] as u32);
+        let answer = match leaf {
+            1 => {
+                let mut answer = self.vcpu.cpuid.answer(1, 0);
+                if self.vmcs.read(GUEST_CR4) & CR4_OSXSAVE != 0 {
+                    answer.ecx |= OSXSAVE;
+                }
+                answer
+            }
+            0xd => self.vcpu.cpuid.extended_state(subleaf, self.xcr0()),
+            _ => self.vcpu.cpuid.answer(leaf, subleaf),
+        };
+        let registers = &mut self.vcpu.state.registers;
+        registers[RAX] = answer.eax.into();
+        registers[RBX] = answer.ebx.into();
+        registers[RCX] = answer.ecx.into();
+        registers[RDX] = answer.edx.into();
+        self.skip_instruction();
+    }
+
+    fn rdmsr(&mut self, _: &mut impl Host) {
+        let number = self.vcpu.state.registers[RCX] as u32;
+        let value = match msr_policy::policy(number) {
+            Policy::TestCtrl => self.vcpu.sld.guest_rdmsr(sld::Msr::TestCtrl),
+            Policy::CoreCapabilities => self.vcpu.sld.guest_rdmsr(sld::Msr::CoreCapabilities),
+            Policy::Constant(value) => Some(value),
+            Policy::Pass | Policy::Tsc | Policy::Fault => None,
+        };
+        match value {
+            Some(value) => {
+                self.vcpu.state.registers[RAX] = value & 0xffff_ffff;
+                self.vcpu.state.registers[RDX] = value >> 32;
+                self.skip_instruction();
+            }
+            None => self.inject_gp(),
+        }
+    }
+
+    fn wrmsr(&mut self, host: &mut impl Host) -> Handled {
+        let registers = &self.vcpu.state.registers;
+        let number = registers[RCX] as u32;
+        let value = registers[RDX] << 32 | registers[RAX] & 0xffff_ffff;
+        let accepted = match msr_policy::policy(number) {
+            Policy::TestCtrl => self.write_test_ctrl(host, value)?,
+            Policy::Constant(_) => true,
+            Policy::Tsc => {
+                // SAFETY: RDTSC has no effect but on its registers.
+                let now = unsafe { core::arch::x86_64::_rdtsc() };
+                self.vmcs.write(TSC_OFFSET, value.wrapping_sub(now));
+                true
+            }
+            Policy::CoreCapabilities | Policy::Pass | Policy::Fault => false,
+        };
+        if accepted {
+            self.skip_instruction()
+        } else {
+            self.inject_gp()
+        }
+        Ok(())
+    }
+
+    fn write_test_ctrl(&mut self, host: &mut impl Host, value: u64) -> Result<bool, Stop> {
+        let (pinned, task) = host.sld();
+        let result = self
+            .vcpu
+            .sld
+            .guest_wrmsr(pinned, task, sld::Msr::TestCtrl, value)
+            .map_err(End::from)?;
+        host.on_test_ctrl_write(value, result);
+        if let MsrWrite::Propagated(written) = result {
+            host.on_real_bit(written);
+        }
+        Ok(result != MsrWrite::Gp)
+    }
+
+    fn io(&mut self, host: &mut impl Host) -> Handled {
+        let io = IoQualification(self.vmcs.read(EXIT_QUALIFICATION));
+        if io.is_string() {
+            return Err(End::Unhandled(BasicReason::IO).into());
+        }
+        let rax = &mut self.vcpu.state.registers[RAX];
+        let mask = u64::MAX >> (64 - 8 * u32::from(io.size()));
+        if io.is_in() {
+            let value = u64::from(host.port_read(io.port(), io.size())) & mask;
+            // IN EAX clears the upper half of RAX, the narrower forms keep the rest.
+            *rax = if io.size() == 4 { value } else { *rax & !mask | value };
+        } else {
+            let value = (*rax & mask) as u32;
+            if let Some(status) = host.port_write(io.port(), io.size(), value) {
+                return Err(End::Exit(status).into());
+            }
+        }
+        self.skip_instruction();
+        Ok(())
+    }
+
+    fn xsetbv(&mut self) {
+        let registers = &self.vcpu.state.registers;
+        let value = registers[RDX] << 32 | registers[RAX] & 0xffff_ffff;
+        if registers[RCX] as u32 == 0 && self.vcpu.cpuid.xstate().allows(value) {
+            self.set_xcr0(value);
+            self.skip_instruction();
+        } else {
+            self.inject_gp();
+        }
+    }
+
+    fn hlt(&mut self) -> Handled {
+        self.skip_instruction();
+        let interruptible = self.vmcs.read(GUEST_RFLAGS) & RFLAGS_IF != 0;
+        let wakes = self.vcpu.pending_nmi || self.vcpu.pending_interrupt.is_some() && interruptible;
+        if wakes { Ok(()) } else { Err(Stop::Halt) }
+    }
+
+    fn exception(&mut self, host: &mut impl Host) -> Handled {
+        let info = InterruptionInfo(self.vmcs.read(EXIT_INTERRUPTION_INFO));
+        match (info.kind(), info.vector()) {
+            (EventKind::Nmi, _) => {
+                host.nmi();
+                self.requeue(host)
+            }
+            (_, vector::AC) => self.alignment_check(host, info)?,
+            (_, vector::DB) => self.debug_exception(host, info),
+            (_, vector::MC) => {
+                host.machine_check();
+                self.requeue(host)
+            }
+            _ => return Err(End::Unhandled(BasicReason::EXCEPTION_OR_NMI).into()),
+        }
+        Ok(())
+    }
+
+    /// #AC: see the verdict table in [`sld::Vcpu::on_ac`].
+    fn alignment_check(&mut self, host: &mut impl Host, info: InterruptionInfo) -> Handled {
+        let context = AcContext {
+            // DPL of SS: 3 in virtual-8086 mode, 0 in real mode.
+            cpl: (self.vmcs.read(GUEST_SS_ACCESS_RIGHTS) >> 5 & 3) as u8,
+            cr0_am: self.vmcs.read(GUEST_CR0) & CR0_AM != 0,
+            eflags_ac: self.vmcs.read(GUEST_RFLAGS) & RFLAGS_AC != 0,
+        };
+        let (pinned, task) = host.sld();
+        let verdict = self.vcpu.sld.on_ac(pinned, task, context).map_err(End::from)?;
+        let (bytes, bytes_len) = self.instruction_bytes(host.memory());
+        host.on_ac(&AcReport {
+            rip: self.vmcs.read(GUEST_RIP),
+            context,
+            virtual_bit: self.vcpu.sld.virtual_bit(),
+            verdict,
+            bytes,
+            bytes_len,
+        });
+        match verdict {
+            Verdict::Inject => {
+                self.keep_interrupted(info.nmi_unblocked_by_iret());
+                let error = (self.vmcs.read(GUEST_CR0) & CR0_PE != 0).then_some(0);
+                self.inject(EventKind::HardwareException, vector::AC, error, 0);
+            }
+            Verdict::Warn { real_bit, .. } => {
+                if let Some(written) = real_bit {
+                    host.on_real_bit(written);
+                }
+                self.restore_nmi_blocking(info.nmi_unblocked_by_iret());
+                self.requeue(host);
+            }
+            // One thread per core is brought online, so `Step` is not returned; if it were, to
+            // resume would raise the same #AC for ever.
+            Verdict::Step { .. } | Verdict::Kill => return Err(End::SplitLock.into()),
+            Verdict::KillBogus => return Err(End::BogusAc.into()),
+        }
+        Ok(())
+    }
+
+    /// #DB is intercepted to break endless loops only: the guest gets it as it would have.
+    fn debug_exception(&mut self, _: &mut impl Host, info: InterruptionInfo) {
+        let causes = self.vmcs.read(EXIT_QUALIFICATION) & DR6_CAUSES;
+        let dr6 = self.dr6() & !DR6_B | causes;
+        self.set_dr6(dr6);
+        let dr7 = self.vmcs.read(GUEST_DR7);
+        self.vmcs.write(GUEST_DR7, dr7 & !DR7_GD);
+        let debugctl = self.vmcs.read(GUEST_IA32_DEBUGCTL);
+        self.vmcs.write(GUEST_IA32_DEBUGCTL, debugctl & !DEBUGCTL_LBR);
+        self.keep_interrupted(false);
+        // VM entry wants BS pending when it delivers with TF set in the shadow of STI or MOV SS:
+        // SDM volume 3, section "Checks on Guest Non-Register State".
+        let blocked = self.vmcs.read(GUEST_INTERRUPTIBILITY) & BLOCKING_STI_MOV_SS != 0;
+        if blocked && self.vmcs.read(GUEST_RFLAGS) & RFLAGS_TF != 0 {
+            self.vmcs.write(GUEST_PENDING_DEBUG, PENDING_DEBUG_BS);
+        }
+        let length = self.vmcs.read(EXIT_INSTRUCTION_LENGTH);
+        self.inject(info.kind(), vector::DB, None, length);
+    }
+
+    fn ept_violation(&mut self, host: &mut impl Host) -> Handled {
+        let qualification = EptQualification(self.vmcs.read(EXIT_QUALIFICATION));
+        let gpa = GuestPhysAddr::new_truncate(self.vmcs.read(GUEST_PHYSICAL_ADDRESS));
+        if !host.map_hole(gpa) {
+            return Err(End::Unhandled(BasicReason::EPT_VIOLATION).into());
+        }
+        self.set_primary(Primary::MONITOR_TRAP_FLAG, true);
+        self.restore_nmi_blocking(qualification.nmi_unblocked_by_iret());
+        self.requeue(host);
+        Ok(())
+    }
+
+    fn set_primary(&mut self, control: Primary, on: bool) {
+        let bits = self.vmcs.read(PRIMARY_CONTROLS);
+        let bits = if on { bits | control.bits() } else { bits & !control.bits() };
+        self.vmcs.write(PRIMARY_CONTROLS, bits);
+    }
+
+    // ---- Events ------------------------------------------------------------------------------
+
+    /// Injects a fault of the instruction that exited.
+    fn inject_fault(&mut self, vector: u8, error: Option<u32>) {
+        let protected = self.vmcs.read(GUEST_CR0) & CR0_PE != 0;
+        self.inject(EventKind::HardwareException, vector, error.filter(|_| protected), 0);
+    }
+
+    fn inject_gp(&mut self) {
+        self.inject_fault(vector::GP, Some(0));
+    }
+
+    /// Has the next VM entry deliver an event. The field is cleared by each exit, so that what
+    /// stands there is always what the last exit's handler decided.
+    fn inject(&mut self, kind: EventKind, vector: u8, error: Option<u32>, length: u32) {
+        let info = InterruptionInfo::inject(kind, vector, error.is_some());
+        self.vmcs.write(ENTRY_INTERRUPTION_INFO, info.0);
+        if let Some(error) = error {
+            self.vmcs.write(ENTRY_EXCEPTION_ERROR_CODE, error);
+        }
+        if kind.is_software() {
+            self.vmcs.write(ENTRY_INSTRUCTION_LENGTH, length);
+        }
+    }
+
+    /// Has the next VM entry deliver again what the exit interrupted: the guest's instruction, or
+    /// the event's delivery, is resumed.
+    fn requeue(&mut self, _: &mut impl Host) {
+        let info = InterruptionInfo(self.vmcs.read(IDT_VECTORING_INFO));
+        if !info.is_valid() {
+            return;
+        }
+        self.vmcs.write(ENTRY_INTERRUPTION_INFO, info.for_entry());
+        if info.has_error_code() {
+            let error = self.vmcs.read(IDT_VECTORING_ERROR_CODE);
+            self.vmcs.write(ENTRY_EXCEPTION_ERROR_CODE, error);
+        }
+        if info.kind().is_software() {
+            let length = self.vmcs.read(EXIT_INSTRUCTION_LENGTH);
+            self.vmcs.write(ENTRY_INSTRUCTION_LENGTH, length);
+        }
+        if info.kind() == EventKind::Nmi {
+            // Delivery sets it again; VM entry refuses to inject an NMI while it is set.
+            let blocking = self.vmcs.read(GUEST_INTERRUPTIBILITY);
+            self.vmcs.write(GUEST_INTERRUPTIBILITY, blocking & !BLOCKING_NMI);
+        }
+    }
+
+    /// An exception is about to be injected in place of the event whose delivery the exit
+    /// interrupted. A fault or a software interrupt will recur by itself; an external interrupt or
+    /// an NMI would be lost, so it waits for the guest to be able to take it.
+    fn keep_interrupted(&mut self, nmi_unblocked_by_iret: bool) {
+        let info = InterruptionInfo(self.vmcs.read(IDT_VECTORING_INFO));
+        match info.kind() {
+            EventKind::External if info.is_valid() => {
+                self.vcpu.pending_interrupt = Some(info.vector());
+                self.set_primary(Primary::INTERRUPT_WINDOW_EXITING, true);
+            }
+            EventKind::Nmi if info.is_valid() => {
+                self.vcpu.pending_nmi = true;
+                let blocking = self.vmcs.read(GUEST_INTERRUPTIBILITY);
+                self.vmcs.write(GUEST_INTERRUPTIBILITY, blocking & !BLOCKING_NMI);
+                self.set_primary(Primary::NMI_WINDOW_EXITING, true);
+            }
+            _ => self.restore_nmi_blocking(nmi_unblocked_by_iret),
+        }
+    }
+
+    /// IRET had ended NMI blocking before it faulted; it will be executed again, so the blocking
+    /// must stand again: SDM volume 3, section "Resuming Guest Software after Handling an
+    /// Exception".
+    fn restore_nmi_blocking(&mut self, unblocked_by_iret: bool) {
+        let interrupted = InterruptionInfo(self.vmcs.read(IDT_VECTORING_INFO)).is_valid();
+        if unblocked_by_iret && !interrupted {
+            let blocking = self.vmcs.read(GUEST_INTERRUPTIBILITY);
+            self.vmcs.write(GUEST_INTERRUPTIBILITY, blocking | BLOCKING_NMI);
+        }
+    }
+
+    /// The guest can take what waits for it.
+    fn open_window(&mut self) {
+        if core::mem::take(&mut self.vcpu.pending_nmi) {
+            self.set_primary(Primary::NMI_WINDOW_EXITING, false);
+            self.inject(EventKind::Nmi, vector::NMI, None, 0);
+        } else {
+            self.set_primary(Primary::INTERRUPT_WINDOW_EXITING, false);
+            if let Some(vector) = self.vcpu.pending_interrupt.take() {
+                self.inject(EventKind::External, vector, None, 0);
+            }
+        }
+    }
+
+    // ---- Control registers ---------------------------------------------------------------------
+
+    fn register_operand(&self, index: usize) -> u64 {
+        if index == RSP { self.vmcs.read(GUEST_RSP) } else { self.vcpu.state.registers[index] }
+    }
+
+    fn cr_access(&mut self, host: &mut impl Host) {
+        let qualification = CrQualification(self.vmcs.read(EXIT_QUALIFICATION));
+        let operand = qualification.operand();
+        let accepted = match (qualification.register(), qualification.access()) {
+            (0, CrAccess::Write) => {
+                let value = self.register_operand(operand);
+                self.write_cr0(host, value)
+            }
+            (0, CrAccess::Lmsw(source)) => {
+                // LMSW sets PE, MP, EM and TS, and cannot clear PE.
+                let old = self.guest_cr0();
+                let new = old & !0xe | u64::from(source) & 0xf;
+                self.write_cr0(host, new)
+            }
+            (4, CrAccess::Write) => {
+                let value = self.register_operand(operand);
+                self.write_cr4(host, value)
+            }
+            // There is no local APIC whose task priority this could be.
+            (8, CrAccess::Read) => {
+                match operand {
+                    RSP => self.vmcs.write(GUEST_RSP, 0),
+                    _ => self.vcpu.state.registers[operand] = 0,
+                }
+                true
+            }
+            (8, CrAccess::Write) => self.register_operand(operand) <= 0xf,
+            // CR0.TS is the guest's own, and CR3 does not exit.
+            _ => false,
+        };
+        if accepted { self.skip_instruction() } else { self.inject_gp() }
+    }
+
+    /// CR0 as the guest sees it.
+    fn guest_cr0(&self) -> u64 {
+        let shadow = self.vmcs.read(CR0_READ_SHADOW);
+        self.vmcs.read(GUEST_CR0) & CR0_GUEST_OWNED | shadow & !CR0_GUEST_OWNED
+    }
+
+    /// CR4 as the guest sees it.
+    fn guest_cr4(&self) -> u64 {
+        let owned = self.vcpu.cr4.guest_owned();
+        self.vmcs.read(GUEST_CR4) & owned | self.vmcs.read(CR4_READ_SHADOW) & !owned
+    }
+
+    fn in_64_bit_mode(&self) -> bool {
+        self.vmcs.read(GUEST_CS_ACCESS_RIGHTS) & 1 << 13 != 0
+            && self.vmcs.read(GUEST_IA32_EFER) & EFER_LMA != 0
+    }
+
+    /// Carries out MOV to CR0 where a host-owned bit changes; false for #GP(0). SDM volume 2,
+    /// "MOV—Move to/from Control Registers".
+    fn write_cr0(&mut self, host: &mut impl Host, value: u64) -> bool {
+        let old = self.guest_cr0();
+        let known = CR0_GUEST_OWNED | CR0_ET | CR0_NE | CR0_NW | CR0_CD;
+        let paging = value & CR0_PG != 0;
+        if value >> 32 != 0 || paging && value & CR0_PE == 0 || value & (CR0_NW | CR0_CD) == CR0_NW
+        {
+            return false;
+        }
+        let mut efer = self.vmcs.read(GUEST_IA32_EFER);
+        let cr4 = self.guest_cr4();
+        if paging && old & CR0_PG == 0 && efer & EFER_LME != 0 {
+            let code_64 = self.vmcs.read(GUEST_CS_ACCESS_RIGHTS) & 1 << 13 != 0;
+            if cr4 & CR4_PAE == 0 || code_64 {
+                return false;
+            }
+            efer |= EFER_LMA;
+        } else if !paging && old & CR0_PG != 0 {
+            if self.in_64_bit_mode() || cr4 & CR4_PCIDE != 0 {
+                return false;
+            }
+            efer &= !EFER_LMA;
+        }
+        let pae = paging && efer & EFER_LMA == 0 && cr4 & CR4_PAE != 0;
+        if pae && !self.load_pdptes(host) {
+            return false;
+        }
+        self.set_efer(efer);
+        // CD and NW are kept for reading only: EPT gives the memory types, and no guest switches
+        // the CPU's caches off.
+        let real = value & CR0_GUEST_OWNED | CR0_ET | CR0_NE;
+        self.vmcs.write(GUEST_CR0, real);
+        self.vmcs.write(CR0_READ_SHADOW, value & known | CR0_ET);
+        self.flush_tlb();
+        true
+    }
+
+    /// Carries out MOV to CR4 where a host-owned bit changes; false for #GP(0).
+    fn write_cr4(&mut self, host: &mut impl Host, value: u64) -> bool {
+        if value & !self.vcpu.cr4.allowed != 0 {
+            return false;
+        }
+        let long = self.vmcs.read(GUEST_IA32_EFER) & EFER_LMA != 0;
+        let paging = self.guest_cr0() & CR0_PG != 0;
+        if long && value & CR4_PAE == 0 {
+            return false;
+        }
+        let sets_pcide = value & CR4_PCIDE != 0 && self.guest_cr4() & CR4_PCIDE == 0;
+        if sets_pcide && (!long || self.vmcs.read(GUEST_CR3) & 0xfff != 0) {
+            return false;
+        }
+        if paging && !long && value & CR4_PAE != 0 && !self.load_pdptes(host) {
+            return false;
+        }
+        self.vmcs.write(GUEST_CR4, self.vcpu.cr4.real(value));
+        self.vmcs.write(CR4_READ_SHADOW, value);
+        self.flush_tlb();
+        true
+    }
+
+    /// Stores EFER and keeps the "IA-32e mode guest" entry control equal to LMA.
+    fn set_efer(&mut self, efer: u64) {
+        self.vmcs.write(GUEST_IA32_EFER, efer);
+        let control = Entry::IA32E_MODE_GUEST.bits();
+        let entry = self.vmcs.read(ENTRY_CONTROLS);
+        let entry = if efer & EFER_LMA != 0 { entry | control } else { entry & !control };
+        self.vmcs.write(ENTRY_CONTROLS, entry);
+    }
+
+    /// Loads the PDPTEs that CR3 points to; false if one is bad. SDM volume 3, section "PDPTE
+    /// Registers".
+    fn load_pdptes(&mut self, host: &impl Host) -> bool {
+        const RESERVED: u64 = 0x1e6;
+        let Some(table) = GuestPhysAddr::new(self.vmcs.read(GUEST_CR3) & 0xffff_ffe0) else {
+            return false;
+        };
+        let mut bytes = [0; 32];
+        if !host.memory().read(table, &mut bytes) {
+            return false;
+        }
+        let mut entries = [0; 4];
+        for (entry, bytes) in entries.iter_mut().zip(bytes.chunks_exact(8)) {
+            *entry = bytes.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte));
+        }
+        if entries.iter().any(|entry| entry & 1 != 0 && entry & RESERVED != 0) {
+            return false;
+        }
+        for (field, entry) in
+            [GUEST_PDPTE0, GUEST_PDPTE1, GUEST_PDPTE2, GUEST_PDPTE3].into_iter().zip(entries)
+        {
+            self.vmcs.write(field, entry);
+        }
+        true
+    }
+
+    /// A guest's own change of paging flushes its translations; done for it, they must go too.
+    fn flush_tlb(&mut self) {
+        // SAFETY: a current VMCS proves VMX root operation.
+        unsafe { invvpid_single_context(self.vmcs.read(VPID)) }
+            .expect("INVVPID single-context is a required capability");
+    }
+
+    // ---- Instruction bytes ---------------------------------------------------------------------
+
+    /// The bytes at CS:RIP, up to 15, as far as they can be read.
+    fn instruction_bytes(&self, memory: &impl GuestRead) -> ([u8; 15], u8) {
+        let mut bytes = [0; 15];
+        let rip = self.vmcs.read(GUEST_RIP);
+        let long = self.in_64_bit_mode();
+        let linear =
+            if long { rip } else { self.vmcs.read(GUEST_CS_BASE).wrapping_add(rip) & 0xffff_ffff };
+        // As a rule 16 bytes lie in one page, and two words are quickly read.
+        if linear & 0xfff <= 0xff0
+            && let Some(gpa) = self.translate(memory, linear)
+            && let Some(low) = memory.read_u64(gpa)
+            && let Some(high) = memory.read_u64(GuestPhysAddr::new_truncate(gpa.as_u64() + 8))
+        {
+            let words = u128::from(high) << 64 | u128::from(low);
+            bytes.copy_from_slice(&words.to_le_bytes()[..15]);
+            return (bytes, 15);
+        }
+        let mut done = 0;
+        while done < bytes.len() {
+            let at = linear.wrapping_add(done as u64);
+            let Some(gpa) = self.translate(memory, at) else { break };
+            let in_page = 4096 - (at & 0xfff) as usize;
+            let end = bytes.len().min(done + in_page);
+            if !memory.read(gpa, &mut bytes[done..end]) {
+                break;
+            }
+            done = end;
+        }
+        (bytes, done as u8)
+    }
+
+    /// Where a linear address lies.
+    fn translate(&self, memory: &impl GuestRead, linear: u64) -> Option<GuestPhysAddr> {
+        let cr4 = self.vmcs.read(GUEST_CR4);
+        let mut pdptes = [0; 4];
+        let paging = if self.vmcs.read(GUEST_CR0) & CR0_PG == 0 {
+            Paging::Off
+        } else if self.vmcs.read(GUEST_IA32_EFER) & EFER_LMA != 0 {
+            Paging::FourLevel
+        } else if cr4 & CR4_PAE != 0 {
+            pdptes = [GUEST_PDPTE0, GUEST_PDPTE1, GUEST_PDPTE2, GUEST_PDPTE3]
+                .map(|field| self.vmcs.read(field));
+            Paging::Pae
+        } else {
+            Paging::Bits32 { page_size_extensions: cr4 & CR4_PSE != 0 }
+        };
+        translate(memory, paging, self.vmcs.read(GUEST_CR3), pdptes, linear)
+    }
+
+    /// Split-lock detection's part of [`crate::vcpu::Vcpu::load`]: call it once the vCPU is
+    /// loaded and before it runs.
+    ///
+    /// # Errors
+    ///
+    /// MSR 0x33 faulted.
+    pub fn load_sld(&mut self, pinned: &mut impl PreemptionDisabled, task: &mut Task) -> Written {
+        self.vcpu.sld.load(pinned, task)
+    }
+
+    /// Split-lock detection's part of [`Self::put`]: call it before.
+    ///
+    /// # Errors
+    ///
+    /// MSR 0x33 faulted.
+    pub fn put_sld(&mut self, pinned: &mut impl PreemptionDisabled, task: &mut Task) -> Written {
+        self.vcpu.sld.put(pinned, task)
+    }
+}

@@ -1,0 +1,338 @@
+//! A virtual CPU: its VMCS, the registers outside of it, and its way onto a CPU and off again.
+
+use core::arch::asm;
+
+use x86_64::registers::model_specific::Msr;
+
+use crate::addr::HostPhysAddr;
+use crate::capability::Capabilities;
+use crate::controls::Secondary;
+use crate::cpuid::CpuidTable;
+use crate::exit::BasicReason;
+use crate::fields::*;
+use crate::instruction::{CurrentVmcs, VmFail, vmclear, vmptrld};
+use crate::msr_policy::msr;
+use crate::setup::{self, Cr4, Pointers};
+use crate::world::{GuestState, vmx_exit_entry};
+use crate::xstate::{self, XArea};
+
+/// What of the host a VM exit loads: SDM volume 3, section "Host-State Area". Each CPU has one.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HostState {
+    /// CR0.
+    pub cr0: u64,
+    /// CR3.
+    pub cr3: u64,
+    /// CR4.
+    pub cr4: u64,
+    /// IA32_EFER.
+    pub efer: u64,
+    /// IA32_PAT.
+    pub pat: u64,
+    /// CS selector.
+    pub cs: u16,
+    /// SS, DS and ES selector.
+    pub ss: u16,
+    /// TR selector.
+    pub tr: u16,
+    /// Linear address of the TSS.
+    pub tr_base: u64,
+    /// Linear address of the GDT.
+    pub gdt_base: u64,
+    /// Linear address of the IDT.
+    pub idt_base: u64,
+    /// GS base: per-CPU data.
+    pub gs_base: u64,
+}
+
+/// How often each thing happened to a vCPU.
+#[derive(Debug, Clone)]
+pub struct Counters {
+    /// VM exits by basic reason; those above the table in the last place.
+    pub exits: [u64; Self::REASONS],
+}
+
+impl Counters {
+    /// Reasons counted apart, plus one place for all others.
+    pub const REASONS: usize = 80;
+
+    /// Counts one exit.
+    #[inline(always)]
+    pub fn count(&mut self, reason: BasicReason) {
+        self.exits[usize::from(reason.0).min(Self::REASONS - 1)] += 1;
+    }
+
+    /// The reasons that occurred, with their counts.
+    pub fn exits(&self) -> impl Iterator<Item = (BasicReason, u64)> {
+        (0u16..).zip(self.exits).filter(|row| row.1 != 0).map(|(n, count)| (BasicReason(n), count))
+    }
+}
+
+/// MSRs that guests use freely and that neither VM entry nor exit switches. The hypervisor itself
+/// does not use them, so they change hands with the vCPU only.
+const SWITCHED_MSRS: [u32; 6] =
+    [msr::STAR, msr::LSTAR, msr::CSTAR, msr::FMASK, msr::KERNEL_GS_BASE, msr::TSC_AUX];
+
+/// Which of them this CPU has: the last one comes with RDTSCP.
+const fn switched_msrs(caps: &Capabilities) -> usize {
+    SWITCHED_MSRS.len() - !caps.has_secondary(Secondary::ENABLE_RDTSCP) as usize
+}
+
+/// Registers that change hands when a vCPU is loaded or put.
+#[derive(Debug)]
+struct Switched {
+    xarea: XArea,
+    /// The guest's XCR0.
+    xcr0: u64,
+    cr2: u64,
+    dr: [u64; 4],
+    dr6: u64,
+    msrs: [u64; SWITCHED_MSRS.len()],
+}
+
+impl Switched {
+    const fn reset() -> Self {
+        Self {
+            xarea: XArea::reset(),
+            xcr0: xstate::X87,
+            cr2: 0,
+            dr: [0; 4],
+            dr6: 0xffff_0ff0,
+            msrs: [0; SWITCHED_MSRS.len()],
+        }
+    }
+
+    /// # Safety
+    ///
+    /// At CPL 0, on the CPU that is to run the vCPU, with nothing of the host in these registers.
+    unsafe fn restore(&self, xmask: u64, msrs: usize) {
+        // SAFETY: (1) `xmask` is this CPU's, and XCR0 was checked against it; (2) the debug registers are inert in the host, whose DR7 is
+        // 0x400 after every exit; (3) the MSRs exist (`msrs`), and hold values
+        // that the guest's own WRMSR accepted.
+        unsafe {
+            self.xarea.restore(xmask, self.xcr0);
+            asm!("mov cr2, {}", in(reg) self.cr2, options(nostack));
+            asm!("mov dr0, {}", "mov dr1, {}", "mov dr2, {}", "mov dr3, {}", "mov dr6, {}",
+                 in(reg) self.dr[0], in(reg) self.dr[1], in(reg) self.dr[2], in(reg) self.dr[3],
+                 in(reg) self.dr6, options(nostack));
+            for (number, value) in SWITCHED_MSRS.into_iter().zip(self.msrs).take(msrs) {
+                Msr::new(number).write(value);
+            }
+        }
+    }
+
+    /// # Safety
+    ///
+    /// At CPL 0, on the CPU that ran the vCPU last, before anything else changes the registers.
+    unsafe fn save(&mut self, xmask: u64, msrs: usize) {
+        // SAFETY: reads, and one store into an area that is large enough for `xmask`.
+        unsafe {
+            self.xarea.save(xmask);
+            asm!("mov {}, cr2", out(reg) self.cr2, options(nostack));
+            asm!("mov {}, dr0", "mov {}, dr1", "mov {}, dr2", "mov {}, dr3", "mov {}, dr6",
+                 out(reg) self.dr[0], out(reg) self.dr[1], out(reg) self.dr[2],
+                 out(reg) self.dr[3], out(reg) self.dr6, options(nostack));
+            for (number, value) in SWITCHED_MSRS.into_iter().zip(&mut self.msrs).take(msrs) {
+                *value = Msr::new(number).read();
+            }
+        }
+    }
+}
+
+/// A virtual CPU.
+///
+/// It is in one of two states: *put* (the VMCS is clear, in memory) or *loaded* on one CPU
+/// ([`Self::load`] gives a [`Loaded`], which alone can run it).
+#[derive(Debug)]
+pub struct Vcpu {
+    pub(crate) state: GuestState,
+    pub(crate) sld: sld::Vcpu,
+    pub(crate) cpuid: CpuidTable,
+    pub(crate) cr4: Cr4,
+    /// An external interrupt that waits for the guest to be able to take it.
+    pub(crate) pending_interrupt: Option<u8>,
+    /// An NMI that waits likewise.
+    pub(crate) pending_nmi: bool,
+    /// How often each thing happened.
+    pub counters: Counters,
+    caps: Capabilities,
+    region: HostPhysAddr,
+    switched: Switched,
+    /// The host state that the VMCS holds; another CPU's differs.
+    host: Option<HostState>,
+    start: Option<(Pointers, u32)>,
+}
+
+/// What a vCPU is made of.
+#[derive(Debug)]
+pub struct VcpuConfig {
+    /// The CPU's capabilities.
+    pub caps: Capabilities,
+    /// A VMCS region, see [`Vcpu::new`].
+    pub region: HostPhysAddr,
+    /// What the VMCS points to.
+    pub pointers: Pointers,
+    /// The guest's CPUID.
+    pub cpuid: CpuidTable,
+    /// Split-lock detection as this vCPU sees it.
+    pub sld: sld::Vcpu,
+    /// Where the guest starts, in flat 32-bit protected mode.
+    pub rip: u32,
+}
+
+impl Vcpu {
+    /// A vCPU in flat 32-bit protected mode with paging off.
+    ///
+    /// # Safety
+    ///
+    /// The page at `region` is the vCPU's own for its whole life, and starts with the revision
+    /// identifier of [`Capabilities::revision`]; the structures that `pointers` names outlive it.
+    pub unsafe fn new(config: VcpuConfig) -> Self {
+        Self {
+            state: GuestState::new(),
+            sld: config.sld,
+            cr4: Cr4 { allowed: config.cpuid.cr4_allowed() },
+            cpuid: config.cpuid,
+            pending_interrupt: None,
+            pending_nmi: false,
+            counters: Counters { exits: [0; Counters::REASONS] },
+            caps: config.caps,
+            region: config.region,
+            switched: Switched::reset(),
+            host: None,
+            start: Some((config.pointers, config.rip)),
+        }
+    }
+
+    /// Sets a general-purpose register before the first run. `index` as in
+    /// [`GuestState::registers`], not RSP's.
+    pub fn set_register(&mut self, index: usize, value: u64) {
+        assert_ne!(index, crate::world::register::RSP, "the guest's RSP is in the VMCS");
+        self.state.registers[index] = value;
+    }
+
+    /// Makes the vCPU this CPU's. The guest's registers are in the CPU from now on.
+    ///
+    /// # Errors
+    ///
+    /// VMfail of VMCLEAR or VMPTRLD.
+    ///
+    /// # Safety
+    ///
+    /// In VMX root operation with interrupts off; no vCPU is loaded on this CPU and this one is
+    /// loaded on no other; `host` describes this CPU.
+    pub unsafe fn load(&mut self, host: &HostState) -> Result<Loaded<'_>, VmFail> {
+        // SAFETY: the region is this vCPU's own (contract of `new`) and active nowhere else.
+        let mut vmcs = unsafe {
+            if self.start.is_some() {
+                vmclear(self.region)?;
+            }
+            vmptrld(self.region)?;
+            CurrentVmcs::assume()
+        };
+        if let Some((pointers, rip)) = self.start.take() {
+            setup::initialize(&mut vmcs, &self.caps, &pointers, &self.cr4, rip);
+        }
+        if self.host.as_ref() != Some(host) {
+            write_host_state(&mut vmcs, host);
+            self.host = Some(*host);
+        }
+        // SAFETY: nothing of the host is in these registers (caller).
+        unsafe { self.switched.restore(self.cpuid.xstate().mask, switched_msrs(&self.caps)) };
+        Ok(Loaded { vcpu: self, vmcs })
+    }
+}
+
+/// Writes the host-state area. HOST_RSP is the world switch's.
+fn write_host_state(vmcs: &mut CurrentVmcs, host: &HostState) {
+    vmcs.write(HOST_CR0, host.cr0);
+    vmcs.write(HOST_CR3, host.cr3);
+    vmcs.write(HOST_CR4, host.cr4);
+    vmcs.write(HOST_IA32_EFER, host.efer);
+    vmcs.write(HOST_IA32_PAT, host.pat);
+    vmcs.write(HOST_CS_SELECTOR, host.cs);
+    for field in [HOST_SS_SELECTOR, HOST_DS_SELECTOR, HOST_ES_SELECTOR] {
+        vmcs.write(field, host.ss);
+    }
+    for field in [HOST_FS_SELECTOR, HOST_GS_SELECTOR] {
+        vmcs.write(field, 0);
+    }
+    vmcs.write(HOST_TR_SELECTOR, host.tr);
+    vmcs.write(HOST_TR_BASE, host.tr_base);
+    vmcs.write(HOST_GDTR_BASE, host.gdt_base);
+    vmcs.write(HOST_IDTR_BASE, host.idt_base);
+    vmcs.write(HOST_FS_BASE, 0);
+    vmcs.write(HOST_GS_BASE, host.gs_base);
+    vmcs.write(HOST_SYSENTER_CS, 0);
+    vmcs.write(HOST_SYSENTER_ESP, 0);
+    vmcs.write(HOST_SYSENTER_EIP, 0);
+    vmcs.write(HOST_RIP, vmx_exit_entry as *const () as u64);
+}
+
+/// A vCPU on a CPU: what [`Vcpu::load`] gives.
+#[derive(Debug)]
+pub struct Loaded<'a> {
+    pub(crate) vcpu: &'a mut Vcpu,
+    pub(crate) vmcs: CurrentVmcs,
+}
+
+impl Loaded<'_> {
+    /// Takes the guest's registers out of the CPU. The VMCS stays active on this CPU, which makes
+    /// the next load here cheap; [`Vcpu::clear`] ends that.
+    pub fn put(self) {
+        // SAFETY: the vCPU is loaded here, and hypervisor code leaves these registers alone.
+        unsafe {
+            let msrs = switched_msrs(&self.vcpu.caps);
+            self.vcpu.switched.save(self.vcpu.cpuid.xstate().mask, msrs);
+        }
+    }
+
+    pub(crate) fn caps(&self) -> &Capabilities {
+        &self.vcpu.caps
+    }
+
+    /// The guest's XCR0.
+    pub(crate) fn xcr0(&self) -> u64 {
+        self.vcpu.switched.xcr0
+    }
+
+    /// Sets XCR0, for the guest and, since the vCPU is loaded, in the CPU.
+    pub(crate) fn set_xcr0(&mut self, value: u64) {
+        assert!(self.vcpu.cpuid.xstate().allows(value), "the caller has checked");
+        self.vcpu.switched.xcr0 = value;
+        // SAFETY: a mask other than 0, which `allows` demands, means that the host has set
+        // CR4.OSXSAVE; the value is one that the CPU takes.
+        unsafe { xstate::xsetbv(value) };
+    }
+
+    /// DR6 as the guest sees it; it is in the CPU while the vCPU is loaded.
+    pub(crate) fn dr6(&self) -> u64 {
+        let value;
+        // SAFETY: reading DR6 at CPL 0; DR7.GD is 0 in the host.
+        unsafe { asm!("mov {}, dr6", out(reg) value, options(nomem, nostack)) };
+        value
+    }
+
+    /// As [`Self::dr6`].
+    pub(crate) fn set_dr6(&mut self, value: u64) {
+        // SAFETY: DR6 only reports; the upper half is kept 0.
+        unsafe { asm!("mov dr6, {}", in(reg) value & 0xffff_ffff, options(nomem, nostack)) };
+    }
+}
+
+impl Vcpu {
+    /// Writes the VMCS back to memory, so that another CPU may load the vCPU, or its region be
+    /// used for something else.
+    ///
+    /// # Errors
+    ///
+    /// VMfail of VMCLEAR.
+    ///
+    /// # Safety
+    ///
+    /// In VMX root operation on the CPU that loaded the vCPU last.
+    pub unsafe fn clear(&mut self) -> Result<(), VmFail> {
+        // SAFETY: the region is this vCPU's own and active on this CPU at most.
+        unsafe { vmclear(self.region) }
+    }
+}
