@@ -1,0 +1,312 @@
+//! Which vCPU runs: each VM's in turn, a time slice each.
+//!
+//! A vCPU is loaded when its task is scheduled in and put when it is scheduled out, not at every
+//! entry. With nobody else waiting, it stays where it is.
+
+use alloc::collections::VecDeque;
+use core::fmt;
+
+use sld::{MsrWrite, PreemptionDisabled, RealBit, Task, ThisCpu, Verdict, Written};
+use vmx::addr::GuestPhysAddr;
+use vmx::checks::Finding;
+use vmx::exit::BasicReason;
+use vmx::run::{AcReport, End, Host, Stop};
+use vmx::vcpu::{Counters, HostState};
+
+use crate::events::{Event, Object, Ring, now};
+use crate::guest_memory::GuestMemory;
+use crate::trail::Trail;
+use crate::vm::{Guest, Vm};
+use crate::x86::msr::TestCtrlMsr;
+
+/// This CPU's split-lock detection.
+pub struct SldCpu {
+    cpu: sld::Cpu,
+    core: sld::Core,
+    hardware: TestCtrlMsr,
+}
+
+/// The hypervisor runs with interrupts off and switches tasks only where this module says so:
+/// whoever holds the CPU's data is neither preempted nor migrated.
+impl PreemptionDisabled for SldCpu {
+    type Hardware = TestCtrlMsr;
+
+    fn this_cpu(&mut self) -> ThisCpu<'_, TestCtrlMsr> {
+        ThisCpu { cpu: &mut self.cpu, core: &self.core, hardware: &mut self.hardware }
+    }
+}
+
+impl SldCpu {
+    /// A CPU that is not online.
+    pub const fn new() -> Self {
+        Self { cpu: sld::Cpu::new(), core: sld::Core::new(), hardware: TestCtrlMsr }
+    }
+
+    /// The mode that this CPU enforces.
+    pub const fn mode(&self) -> sld::SldMode {
+        self.cpu.mode()
+    }
+}
+
+/// What the scheduler keeps for one CPU.
+pub struct Cpu {
+    /// Its index.
+    pub index: u32,
+    /// Split-lock detection.
+    pub sld: SldCpu,
+    /// Events that wait to be written.
+    pub events: Ring,
+    /// The last exits.
+    pub trail: &'static Trail,
+    /// What VM exits load.
+    pub host: HostState,
+    /// Warnings that may still be printed; events and counters have all of them.
+    pub warnings_left: u32,
+}
+
+/// Why a VM is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Reason {
+    /// The guest loop has ended it.
+    End(End),
+    /// HLT, and nothing could ever wake it.
+    Halt,
+    /// Its `limit_ticks` are used up.
+    TimeLimit,
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::End(end) => end.fmt(f),
+            Self::Halt => f.write_str("halt"),
+            Self::TimeLimit => f.write_str("time limit"),
+        }
+    }
+}
+
+/// How many warnings a run prints.
+pub const MAX_WARNINGS: u32 = 100;
+
+/// Counters of the VMs that have ended.
+#[derive(Default)]
+pub struct Totals {
+    /// VMs.
+    pub vms: u64,
+    /// VM exits.
+    pub exits: u64,
+    /// Split locks by verdict.
+    pub inject: u64,
+    /// As above.
+    pub warn: u64,
+    /// As above.
+    pub kill: u64,
+}
+
+impl Cpu {
+    /// Records what an operation of `sld` did to the real bit.
+    pub fn note(&mut self, vm: Option<&'static str>, written: Written) {
+        match written {
+            Ok(Some(real_bit)) => self.events.push(vm, Event::RealBit(real_bit)),
+            Ok(None) => {}
+            Err(fault) => log::error!("CPU {}: MSR 0x33: {fault}", self.index),
+        }
+    }
+
+    /// Runs all VMs to their ends.
+    pub fn run(&mut self, vms: impl Iterator<Item = Vm>, slice_ticks: u64) -> Totals {
+        let idle = Task::new(0);
+        let mut queue: VecDeque<Vm> = vms.collect();
+        let mut totals = Totals::default();
+        while let Some(mut vm) = queue.pop_front() {
+            match self.turn(&mut vm, slice_ticks, queue.is_empty()) {
+                None => queue.push_back(vm),
+                Some(reason) => {
+                    let switched = sld::task_switch(&mut self.sld, &idle);
+                    self.note(None, switched);
+                    self.end(vm, reason, &mut totals);
+                }
+            }
+        }
+        totals
+    }
+
+    /// One turn of a VM: a slice, or as many as it likes if it is alone.
+    fn turn(&mut self, vm: &mut Vm, slice_ticks: u64, alone: bool) -> Option<Reason> {
+        let name = vm.guest.name;
+        let switched = sld::task_switch(&mut self.sld, &vm.guest.task);
+        self.note(Some(name), switched);
+        // SAFETY: interrupts are off, this is the only CPU, `turn` puts the vCPU before it
+        // returns, and `host` describes this CPU.
+        let mut loaded = match unsafe { vm.vcpu.load(&self.host) } {
+            Ok(loaded) => loaded,
+            Err(fail) => return Some(Reason::End(End::EntryFailed(fail))),
+        };
+        let loads = loaded.load_sld(&mut self.sld, &mut vm.guest.task);
+        let mut running = Running { cpu: self, guest: &mut vm.guest };
+        running.note(loads);
+        let stop = loop {
+            let start = now();
+            let slice = slice_ticks.min(running.guest.ticks_left);
+            let stop = loaded.run(&mut running, slice);
+            let used = now().wrapping_sub(start);
+            running.guest.ticks_left = running.guest.ticks_left.saturating_sub(used);
+            running.cpu.events.drain();
+            if stop != Stop::Slice || !alone || running.guest.ticks_left == 0 {
+                break stop;
+            }
+        };
+        let Running { cpu, guest } = running;
+        let puts = loaded.put_sld(&mut cpu.sld, &mut guest.task);
+        loaded.put();
+        Running { cpu, guest }.note(puts);
+        match stop {
+            Stop::Slice if vm.guest.ticks_left == 0 => Some(Reason::TimeLimit),
+            Stop::Slice => None,
+            // No device interrupts a guest, so nothing can wake it.
+            Stop::Halt => Some(Reason::Halt),
+            Stop::End(end) => Some(Reason::End(end)),
+        }
+    }
+
+    fn end(&mut self, mut vm: Vm, reason: Reason, totals: &mut Totals) {
+        vm.guest.devices.flush();
+        let Guest { name, split_locks, real_bit_writes, .. } = vm.guest;
+        match reason {
+            Reason::End(End::Exit(status)) => {
+                log::info!("VM {name} ended itself with status {status}")
+            }
+            Reason::End(End::SplitLock) => log::error!(
+                "VM {name} is stopped: split lock, and the policy is fatal. The others go on"
+            ),
+            Reason::End(End::BogusAc) => log::error!(
+                "VM {name} is stopped: #AC although split-lock detection is off. The CPU or the \
+                 firmware misbehaves"
+            ),
+            other => log::warn!("VM {name} has ended: {other}"),
+        }
+        let counters = &vm.vcpu.counters;
+        let status = if let Reason::End(End::Exit(status)) = reason { Some(status) } else { None };
+        self.events.write("vm-end", |json| {
+            json.text("vm", name)?;
+            json.text("reason", reason)?;
+            if let Some(status) = status {
+                json.number("status", status)?;
+            }
+            json.object("counters", |json| {
+                json.object("exits", |json| write_exits(json, counters))?;
+                json.object("split_locks", |json| {
+                    json.number("inject", split_locks.inject)?;
+                    json.number("warn", split_locks.warn)?;
+                    json.number("kill", split_locks.kill)
+                })?;
+                json.number("real_bit_writes", real_bit_writes)
+            })
+        });
+        totals.vms += 1;
+        totals.exits += counters.exits().map(|row| row.1).sum::<u64>();
+        totals.inject += split_locks.inject;
+        totals.warn += split_locks.warn;
+        totals.kill += split_locks.kill;
+        // SAFETY: `turn` has put the vCPU, on this CPU.
+        unsafe { vm.destroy() };
+    }
+}
+
+fn write_exits(json: &mut Object<'_>, counters: &Counters) -> fmt::Result {
+    counters.exits().try_for_each(|(reason, count)| match reason.name() {
+        Some(name) => json.number(name, count),
+        None => json.number("other", count),
+    })
+}
+
+/// A guest on a CPU: the `vmx` crate's view of the hypervisor.
+struct Running<'a> {
+    cpu: &'a mut Cpu,
+    guest: &'a mut Guest,
+}
+
+impl Running<'_> {
+    fn note(&mut self, written: Written) {
+        if let Ok(Some(_)) = written {
+            self.guest.real_bit_writes += 1;
+        }
+        self.cpu.note(Some(self.guest.name), written);
+    }
+}
+
+impl Host for Running<'_> {
+    type Pinned = SldCpu;
+    type Memory = GuestMemory;
+
+    fn sld(&mut self) -> (&mut SldCpu, &mut Task) {
+        (&mut self.cpu.sld, &mut self.guest.task)
+    }
+
+    fn memory(&self) -> &GuestMemory {
+        &self.guest.memory
+    }
+
+    fn port_read(&mut self, port: u16, size: u8) -> u32 {
+        self.guest.devices.port_read(port, size)
+    }
+
+    fn port_write(&mut self, port: u16, size: u8, value: u32) -> Option<u32> {
+        self.guest.devices.port_write(port, size, value)
+    }
+
+    fn map_hole(&mut self, gpa: GuestPhysAddr) -> bool {
+        self.guest.map_hole(gpa)
+    }
+
+    fn unmap_holes(&mut self) {
+        self.guest.unmap_holes();
+    }
+
+    fn on_ac(&mut self, report: &AcReport) {
+        let name = self.guest.name;
+        self.guest.count(report.verdict);
+        self.cpu.events.push(Some(name), Event::Ac(*report));
+        if let Verdict::Warn { first: true, .. } = report.verdict
+            && let Some(left) = self.cpu.warnings_left.checked_sub(1)
+        {
+            self.cpu.warnings_left = left;
+            log::warn!(
+                "VM {name}, vCPU 0: split lock at RIP {:#x}, CPL {}, on CPU {}: detection is \
+                     off for this task from now on",
+                report.rip,
+                report.context.cpl,
+                self.cpu.index
+            );
+        }
+    }
+
+    fn on_test_ctrl_write(&mut self, value: u64, result: MsrWrite) {
+        self.cpu.events.push(Some(self.guest.name), Event::TestCtrlWrite { value, result });
+    }
+
+    fn on_real_bit(&mut self, written: RealBit) {
+        self.note(Ok(Some(written)));
+    }
+
+    #[inline(always)]
+    fn on_exit(&mut self, reason: BasicReason, rip: u64) {
+        self.cpu.trail.push(reason, rip);
+    }
+
+    fn on_invalid_state(&mut self, finding: &Finding<'_>) {
+        log::error!("VM {}: VM entry refused its state: {finding}", self.guest.name);
+    }
+
+    fn nmi(&mut self) {
+        log::warn!("NMI on CPU {} while VM {} ran", self.cpu.index, self.guest.name);
+    }
+
+    fn interrupt(&mut self, vector: u8) {
+        log::warn!("interrupt {vector} on CPU {}: no device is set up for any", self.cpu.index);
+    }
+
+    fn machine_check(&mut self) {
+        panic!("machine check on CPU {} while VM {} ran", self.cpu.index, self.guest.name);
+    }
+}
