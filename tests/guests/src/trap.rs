@@ -1,0 +1,267 @@
+//! Exceptions: the IDT, what an exception was, and instructions that are allowed to raise one.
+
+use core::arch::global_asm;
+use core::fmt;
+use core::sync::atomic::{AtomicU64, Ordering};
+
+use crate::segments::{self, IST_DOUBLE_FAULT, IST_EXCEPTION, Table, TablePointer};
+use crate::{cpu, exit, println, ring};
+
+/// Vectors that the guests speak of (SDM volume 3, "Exceptions and Interrupts Reference").
+pub mod vector {
+    /// #UD
+    pub const INVALID_OPCODE: u8 = 6;
+    /// #DF
+    pub const DOUBLE_FAULT: u8 = 8;
+    /// #GP
+    pub const GENERAL_PROTECTION: u8 = 13;
+    /// #PF
+    pub const PAGE_FAULT: u8 = 14;
+    /// #AC
+    pub const ALIGNMENT_CHECK: u8 = 17;
+    /// The way back from an outer ring.
+    pub(crate) const RETURN: u8 = 0x80;
+}
+
+/// An exception as it arrived.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Exception {
+    /// 0..=31.
+    pub vector: u8,
+    /// The error code; 0 for vectors without one.
+    pub error: u64,
+    /// Address of the instruction that it returns to.
+    pub rip: u64,
+    /// The privilege level that was left.
+    pub cpl: u8,
+    /// CR2, if it is a page fault, else 0.
+    pub address: u64,
+}
+
+impl Exception {
+    /// Whether it is #GP with error code 0, what most forbidden instructions raise.
+    pub fn is_gp0(self) -> bool {
+        self.vector == vector::GENERAL_PROTECTION && self.error == 0
+    }
+}
+
+impl fmt::Display for Exception {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        let Self { vector, error, rip, cpl, address } = self;
+        write!(f, "exception {vector} error {error:#x} rip {rip:#x} cpl {cpl} address {address:#x}")
+    }
+}
+
+/// What became of the instructions of a [`probe!`](crate::probe).
+#[derive(Clone, Copy, Debug)]
+pub struct Run {
+    /// Address of the first of them.
+    pub at: u64,
+    /// RFLAGS behind the last, or as they were when the exception arrived.
+    pub rflags: u64,
+    /// The exception that ended them.
+    pub caught: Option<Exception>,
+}
+
+/// Runs instructions (Intel syntax, as in `asm!`) with RFLAGS set to `flags` and returns the
+/// [`Run`].
+///
+/// An exception in them ends them; execution goes on behind them at the same CPL, RFLAGS restored
+/// in either case. Outputs then hold what the instructions before the exception left there: make
+/// them `inout`. The instructions leave RSP alone.
+///
+/// ```ignore
+/// let run = unsafe { probe!(2, ["mov {}, [{}]"], inout(reg) 0_u64 => value, in(reg) address) };
+/// ```
+#[macro_export]
+macro_rules! probe {
+    ($flags:expr, [$($line:expr),+ $(,)?] $(, $($operands:tt)*)?) => {{
+        let mut rflags: u64 = $flags;
+        let at: u64;
+        core::arch::asm!(
+            "pushfq",
+            "push {probe_rflags}",
+            "popfq",
+            "lea {probe_at}, [rip + 93f]",
+            "mov qword ptr [rip + {probe_recovery}], {probe_at}",
+            "lea {probe_at}, [rip + 92f]",
+            "92:",
+            $($line,)+
+            "mov qword ptr [rip + {probe_recovery}], 0",
+            "93:",
+            "pushfq",
+            "pop {probe_rflags}",
+            "popfq",
+            $($($operands)*,)?
+            probe_rflags = inout(reg) rflags,
+            probe_at = out(reg) at,
+            probe_recovery = sym $crate::trap::RECOVERY,
+        );
+        $crate::trap::Run { at, rflags, caught: $crate::trap::take() }
+    }};
+}
+
+/// Where a [`probe!`](crate::probe) that runs wants to go on after an exception; 0 when none runs.
+#[doc(hidden)]
+pub static RECOVERY: AtomicU64 = AtomicU64::new(0);
+
+/// The last exception that a probe caught: vector plus one (0: none), error, RIP, CPL, address.
+static CAUGHT: [AtomicU64; 5] = [const { AtomicU64::new(0) }; 5];
+
+/// The exception that the last probe caught, once.
+#[doc(hidden)]
+pub fn take() -> Option<Exception> {
+    let [vector, error, rip, cpl, address] =
+        [0, 1, 2, 3, 4].map(|index| CAUGHT[index].load(Ordering::Relaxed));
+    CAUGHT[0].store(0, Ordering::Relaxed);
+    let vector = vector.checked_sub(1)? as u8;
+    Some(Exception { vector, error, rip, cpl: cpl as u8, address })
+}
+
+/// Ends the guest because of an exception that nothing asked for.
+pub fn unexpected(exception: Exception) -> ! {
+    println!("unexpected {exception}");
+    exit::exit(exit::UNEXPECTED_EXCEPTION)
+}
+
+/// What the stubs and the processor leave on the stack.
+#[repr(C)]
+struct Frame {
+    vector: u64,
+    error: u64,
+    rip: u64,
+    cs: u64,
+    rflags: u64,
+    rsp: u64,
+    ss: u64,
+}
+
+extern "C" fn dispatch(frame: &mut Frame) {
+    let vector = frame.vector as u8;
+    let address = if vector == vector::PAGE_FAULT { cpu::cr2() } else { 0 };
+    let cpl = (frame.cs & 3) as u8;
+    let exception = Exception { vector, error: frame.error, rip: frame.rip, cpl, address };
+    let recovery = RECOVERY.swap(0, Ordering::Relaxed);
+    if recovery == 0 {
+        unexpected(exception);
+    }
+    let fields =
+        [u64::from(vector) + 1, exception.error, exception.rip, u64::from(cpl), exception.address];
+    for (slot, field) in CAUGHT.iter().zip(fields) {
+        slot.store(field, Ordering::Relaxed);
+    }
+    frame.rip = recovery;
+}
+
+// One stub of 16 bytes per vector: it pushes a zero where the processor pushes no error code (those
+// that do: 8, 10-14, 17, 21, 29, 30), then the vector. The common part keeps all registers that
+// compiled code may change, XMM included. Stack: the processor aligns it to 16 and pushes 40 bytes;
+// error code, vector and nine registers make it 16 n again.
+global_asm!(
+    r#"
+    .pushsection .text.exceptions, "ax"
+    .balign 16
+exception_stubs:
+    .set vector, 0
+    .rept 32
+    .balign 16
+    .if ((0x60227D00 >> vector) & 1) == 0
+    push 0
+    .endif
+    .byte 0x6A, vector
+    jmp exception_common
+    .set vector, vector + 1
+    .endr
+
+exception_common:
+    push rax
+    push rcx
+    push rdx
+    push rsi
+    push rdi
+    push r8
+    push r9
+    push r10
+    push r11
+    lea rdi, [rsp + 72]
+    sub rsp, 512
+    fxsave64 [rsp]
+    cld
+    call {dispatch}
+    fxrstor64 [rsp]
+    add rsp, 512
+    pop r11
+    pop r10
+    pop r9
+    pop r8
+    pop rdi
+    pop rsi
+    pop rdx
+    pop rcx
+    pop rax
+    add rsp, 16
+    iretq
+    .popsection
+    "#,
+    dispatch = sym dispatch,
+);
+
+unsafe extern "C" {
+    /// 32 stubs of 16 bytes.
+    safe static exception_stubs: u8;
+}
+
+/// Two words for each vector up to [`vector::RETURN`].
+static IDT: Table<{ 2 * (vector::RETURN as usize + 1) }> =
+    Table([const { AtomicU64::new(0) }; 2 * (vector::RETURN as usize + 1)]);
+
+/// Points a vector at `handler`, on an IST stack, callable by INT from rings up to `privilege`.
+fn set_gate(vector: u8, handler: u64, stack: u64, privilege: u64) {
+    const PRESENT_INTERRUPT_GATE: u64 = 0x8E << 40;
+    let low = handler & 0xFFFF
+        | u64::from(segments::code(0)) << 16
+        | stack << 32
+        | PRESENT_INTERRUPT_GATE
+        | privilege << 45
+        | (handler >> 16 & 0xFFFF) << 48;
+    IDT.0[2 * usize::from(vector)].store(low, Ordering::Relaxed);
+    IDT.0[2 * usize::from(vector) + 1].store(handler >> 32, Ordering::Relaxed);
+}
+
+/// Fills and loads the IDT.
+pub(crate) fn init() {
+    (0..32).for_each(set_runtime_gate);
+    set_gate(vector::RETURN, ring::return_gate as *const () as u64, IST_EXCEPTION, 3);
+    load_idt();
+}
+
+/// Runs `f` while `handler` instead of the runtime takes the exceptions of this vector (0..=31).
+///
+/// # Safety
+///
+/// `handler` stands in the IDT itself: it finds the exception's stack frame, with an error code on
+/// top where the vector has one, and has to leave by IRET with all registers as they were.
+pub unsafe fn with_handler<R>(
+    vector: u8,
+    handler: unsafe extern "C" fn(),
+    f: impl FnOnce() -> R,
+) -> R {
+    set_gate(vector, handler as *const () as u64, IST_EXCEPTION, 0);
+    let result = f();
+    set_runtime_gate(vector);
+    result
+}
+
+/// Points the vector of an exception at its stub.
+fn set_runtime_gate(vector: u8) {
+    let stack = if vector == vector::DOUBLE_FAULT { IST_DOUBLE_FAULT } else { IST_EXCEPTION };
+    let stub = &raw const exception_stubs as u64 + 16 * u64::from(vector);
+    set_gate(vector, stub, stack, 0);
+}
+
+/// Loads the IDT.
+pub(crate) fn load_idt() {
+    let pointer = TablePointer::to(&IDT);
+    // SAFETY: the table lives for ever and its gates lead to the stubs.
+    unsafe { core::arch::asm!("lidt [{}]", in(reg) &pointer, options(nostack, preserves_flags)) };
+}
