@@ -1,0 +1,127 @@
+//! Building what runs without an operating system: the one place for how these are compiled and
+//! linked.
+//!
+//! Everything is built for the host's own target, as freestanding static executables: no other
+//! target's standard library need be installed. Each package has a target directory of its own,
+//! since their flags differ.
+
+use std::{
+    io::{BufRead, BufReader},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, bail, ensure};
+use serde::Deserialize;
+
+/// Given explicitly, so that the flags do not reach build scripts.
+const TARGET: &str = "x86_64-unknown-linux-gnu";
+
+/// For all packages: a static executable at fixed addresses, linked by the toolchain's own linker,
+/// whose code survives interrupts on its stack and does not unwind.
+const FLAGS: [&str; 7] = [
+    "-Clinker=rust-lld",
+    "-Clinker-flavor=ld.lld",
+    "-Crelocation-model=static",
+    "-Clink-arg=-static",
+    "-Clink-arg=--no-dynamic-linker",
+    "-Cno-redzone=yes",
+    "-Cpanic=abort",
+];
+
+/// Something that is built for the bare machine.
+struct Part {
+    package: &'static str,
+    /// Relative to the project's root.
+    linker_script: &'static str,
+    flags: &'static [&'static str],
+}
+
+const KERNEL: Part = Part {
+    package: "hv-kernel",
+    linker_script: "hv-kernel/kernel.ld",
+    // Linked into the highest 2 GiB.
+    flags: &["-Ccode-model=kernel"],
+};
+
+const BOOT: Part = Part { package: "boot", linker_script: "boot/bios.ld", flags: &[] };
+
+const GUESTS: Part = Part { package: "guests", linker_script: "tests/guests/guest.ld", flags: &[] };
+
+/// Builds the hypervisor's kernel; its ELF file.
+pub fn kernel() -> Result<PathBuf> {
+    KERNEL.build_one()
+}
+
+/// Builds the BIOS stage of the loader; its ELF file.
+pub fn boot() -> Result<PathBuf> {
+    BOOT.build_one()
+}
+
+/// Builds the test guests; the name and the ELF file of each, sorted by name.
+pub fn guests() -> Result<Vec<(String, PathBuf)>> {
+    GUESTS.build()
+}
+
+/// The project's root directory.
+pub fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is in the project")
+}
+
+/// The part that we need of cargo's messages on standard output, one JSON object a line.
+#[derive(Deserialize)]
+struct Message {
+    executable: Option<PathBuf>,
+    target: Option<Target>,
+}
+
+#[derive(Deserialize)]
+struct Target {
+    name: String,
+}
+
+impl Part {
+    fn build_one(&self) -> Result<PathBuf> {
+        let mut built = self.build()?;
+        ensure!(
+            built.len() == 1,
+            "{} has {} executables instead of one",
+            self.package,
+            built.len()
+        );
+        Ok(built.remove(0).1)
+    }
+
+    /// Runs cargo, whose progress and complaints the user sees as they come. Nothing is done if
+    /// nothing has changed.
+    fn build(&self) -> Result<Vec<(String, PathBuf)>> {
+        let script = format!("-Clink-arg=-T{}", root().join(self.linker_script).display());
+        let flags =
+            FLAGS.iter().chain(self.flags).copied().chain([script.as_str()]).collect::<Vec<_>>();
+        let target_dir = crate::target_directory().join("bare").join(self.package);
+        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+            .current_dir(root())
+            .args(["build", "--release", "--bins", "--message-format=json-render-diagnostics"])
+            .args(["--package", self.package, "--target", TARGET, "--target-dir"])
+            .arg(target_dir)
+            .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .context("cannot start cargo")?;
+        let output = cargo.stdout.take().expect("it is piped");
+        let mut built = Vec::new();
+        for line in BufReader::new(output).lines() {
+            let message: Message =
+                serde_json::from_str(&line?).context("cannot read cargo's messages")?;
+            if let (Some(executable), Some(target)) = (message.executable, message.target) {
+                built.push((target.name, executable));
+            }
+        }
+        if !cargo.wait()?.success() {
+            bail!("building {} failed", self.package);
+        }
+        built.sort();
+        Ok(built)
+    }
+}

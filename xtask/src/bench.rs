@@ -1,0 +1,440 @@
+//! `cargo xtask bench`: what VM exits cost, counted in instructions on the reference machine.
+//!
+//! The guest `bench` times its own exits by RDTSC. The shim's profile of the same run says which
+//! functions of the hypervisor the instructions belong to; it also gives the one row that no guest
+//! can measure from inside, the switch between two vCPUs.
+
+use std::collections::BTreeMap;
+use std::fmt::Write;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::Args;
+use serde::Serialize;
+
+use crate::bare::root;
+use crate::config::{HvConfig, Setup, SldMode, Source, Vm};
+use crate::console::Step;
+use crate::events::{Body, parse_lines};
+use crate::machine::{self, MachineConfig};
+use crate::profile::{Functions, Visit};
+use crate::report::{align, judge};
+use crate::system::System;
+use crate::{guests, target_directory};
+
+/// Arguments of `bench`.
+#[derive(Args, Debug)]
+pub struct BenchArgs {
+    /// Store the rows here, as `[{"name":…,"min":…,"median":…},…]`.
+    #[arg(long, value_name = "FILE")]
+    json: Option<PathBuf>,
+    /// Show for each row which functions of the hypervisor its instructions belong to.
+    #[arg(long)]
+    profile: bool,
+    /// Put the figures into docs/performance.md.
+    #[arg(long)]
+    update: bool,
+}
+
+/// The guest.
+const GUEST: &str = "bench";
+/// Its memory, most of which it touches page by page.
+const MEMORY_MIB: u32 = 64;
+/// Where the committed figures stand, relative to the root.
+const DOCUMENT: &str = "docs/performance.md";
+/// The row that a second run gives, of two guests that do nothing.
+const SWITCH: &str = "vcpu_switch";
+/// Exit reason "VMX-preemption timer expired".
+const PREEMPTION_TIMER: u16 = 52;
+/// A vCPU's turn in that run, and how long the guests go on, in ticks: 100 turns.
+const SLICE: u64 = 20_000;
+const SPIN: u64 = 100 * SLICE;
+
+/// Functions with fewer instructions have no line in the document.
+const PROFILE_LEAST: u64 = 5;
+
+/// A row of the table.
+struct Row {
+    /// As the guest prints it.
+    name: &'static str,
+    what: &'static str,
+    /// The most that it should take.
+    aim: Option<u64>,
+    /// What KVM takes: Linux 6.1, mitigations off, on the same machine.
+    kvm: &'static str,
+}
+
+const fn row(name: &'static str, what: &'static str, aim: Option<u64>, kvm: &'static str) -> Row {
+    Row { name, what, aim, kvm }
+}
+
+const ROWS: &[Row] = &[
+    row("exception", "UD2 and a handler in the guest: no exit, for comparison", None, ""),
+    row("cpuid", "CPUID", Some(150), "1430"),
+    row("rdmsr", "RDMSR of IA32_MISC_ENABLE", Some(180), "1540"),
+    row("wrmsr", "WRMSR of IA32_MISC_ENABLE", Some(180), "1570 to 1950"),
+    row("rdmsr_0x33", "RDMSR of 0x33", Some(180), ""),
+    row("wrmsr_0x33_same", "WRMSR of 0x33, nothing changes", Some(250), "1980 (#GP)"),
+    row("wrmsr_0x33_other", "WRMSR of 0x33 that changes the real bit", None, "1980 (#GP)"),
+    row("rdmsr_gp", "RDMSR of no MSR: #GP", None, ""),
+    row("wrmsr_gp", "WRMSR of no MSR: #GP", None, ""),
+    row("uart_scratch", "OUT to the UART's scratch register", None, "3500"),
+    row("uart_data", "OUT of a character", None, "3500"),
+    row("out_nobody", "OUT to a port that nobody owns", Some(200), "3500"),
+    row("in_nobody", "IN from a port that nobody owns", Some(200), "3500"),
+    row("ept_fill_4k", "first touch of a 4 KiB page", Some(450), "3260"),
+    row("ept_fill_2m", "first touch of a 2 MiB page", Some(450), "3260"),
+    row("ac_legacy", "#AC by legacy alignment checking", Some(250), "1740"),
+    row("ac_split_lock", "#AC by the guest's own split-lock detection", Some(250), ""),
+    row(SWITCH, "from one vCPU's exit to another's entry", Some(700), ""),
+];
+
+/// Least and median ticks, or why there are none.
+type Figures = Result<(u64, u64), String>;
+
+/// A row and what was measured of it.
+pub struct Measured {
+    row: &'static Row,
+    figures: Figures,
+    /// The hypervisor's instructions in the most frequent course of the row's exit, by function.
+    functions: Vec<(String, u64)>,
+}
+
+impl Measured {
+    /// The row's name.
+    pub fn name(&self) -> &'static str {
+        self.row.name
+    }
+
+    /// The median of what the guest measured: its own instructions and the hypervisor's.
+    pub fn median(&self) -> Option<u64> {
+        self.figures.as_ref().ok().map(|(_, median)| *median)
+    }
+
+    /// The hypervisor's instructions in the most frequent course of the row's exit, as the machine
+    /// counted them; 0 where there is no exit.
+    pub fn in_hypervisor(&self) -> u64 {
+        self.functions.iter().map(|(_, times)| times).sum()
+    }
+}
+
+/// A row of the JSON file.
+#[derive(Serialize)]
+struct JsonRow {
+    name: &'static str,
+    min: u64,
+    median: u64,
+}
+
+/// Measures and shows.
+///
+/// # Errors
+/// If the machine cannot be run, a guest fails, or a row is missing.
+pub fn run(args: &BenchArgs) -> Result<()> {
+    let document = root().join(DOCUMENT);
+    let text = fs::read_to_string(&document).with_context(|| format!("cannot read {DOCUMENT}"))?;
+    let previous = medians(&text);
+    let measured = measure(&System::build()?)?;
+
+    if args.profile {
+        println!("{}", profile_text(&measured, 1));
+    }
+    print!("{}", table(&measured, &previous));
+    if let Some(path) = &args.json {
+        let json = serde_json::to_string_pretty(&json(&measured))? + "\n";
+        fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
+    }
+    if args.update {
+        let text = replace(&text, "figures", &markdown(&measured))?;
+        let profile = format!("```text\n{}```\n", profile_text(&measured, PROFILE_LEAST));
+        let text = replace(&text, "profile", &profile)?;
+        fs::write(&document, text).with_context(|| format!("cannot write {DOCUMENT}"))?;
+    }
+    Ok(())
+}
+
+// ---- Measuring ---------------------------------------------------------------------------------
+
+/// Measures all rows.
+///
+/// # Errors
+/// If the machine cannot be run, a guest fails, or a row is missing.
+pub fn measure(system: &System) -> Result<Vec<Measured>> {
+    let step = Step::start("Measuring");
+    let registered = guests::find(GUEST).context("the guest is not registered")?;
+    let vm = Vm { memory_mib: MEMORY_MIB, ..Vm::of_guest(registered) };
+    let exits = run_machine(system, &config("", vec![vm.clone()])?)?;
+    let spinning = |name: &str| Vm {
+        name: name.to_owned(),
+        expose_sld: false,
+        cmdline: format!("spin={SPIN}"),
+        ..vm.clone()
+    };
+    let slice = format!("slice_ticks = {SLICE}\n");
+    let switches = run_machine(system, &config(&slice, vec![spinning("one"), spinning("two")])?)?;
+    step.done();
+
+    let read = |file: &Path| fs::read(file).with_context(|| format!("{}", file.display()));
+    let (guest, kernel) = (read(system.guest(GUEST)?)?, read(system.kernel())?);
+    let (guest, kernel) = (Functions::of(&guest)?, Functions::of(&kernel)?);
+
+    let mut printed = printed(&exits.serial)?;
+    let mut measured = Vec::new();
+    for row in ROWS {
+        let visits: Vec<&Visit> = if row.name == SWITCH {
+            let by_timer = |visit: &&Visit| visit.switched && visit.reason == PREEMPTION_TIMER;
+            switches.visits.iter().filter(by_timer).collect()
+        } else {
+            let code = format!("{GUEST}::{}::timed", row.name);
+            let of_row = |visit: &&Visit| guest.symbol(visit.guest) == Some(&code);
+            exits.visits.iter().filter(of_row).collect()
+        };
+        let figures = match row.name {
+            SWITCH => figures(&visits),
+            name => printed.remove(name).with_context(|| format!("no row {name}"))?,
+        };
+        let usual = visits.iter().max_by_key(|visit| visit.count);
+        let functions = usual.map(|visit| visit.by_function(&kernel)).transpose()?;
+        measured.push(Measured { row, figures, functions: functions.unwrap_or_default() });
+    }
+    if let Some(name) = printed.keys().next() {
+        bail!("the guest measured {name:?}, of which nothing is known here");
+    }
+    Ok(measured)
+}
+
+/// A configuration of these VMs with one image, `settings` before them.
+fn config(settings: &str, vms: Vec<Vm>) -> Result<Setup> {
+    let images = vec![(vms[0].image.clone(), Source::Registered(GUEST))];
+    let vms = HvConfig { sld: SldMode::Warn, vms }.to_text()?;
+    Ok(Setup { config: format!("{settings}{vms}"), images })
+}
+
+/// What a run left.
+struct Run {
+    serial: String,
+    visits: Vec<Visit>,
+}
+
+fn run_machine(system: &System, setup: &Setup) -> Result<Run> {
+    let image = target_directory().join(format!("bench-{}.img", std::process::id()));
+    let config = MachineConfig { image, profile: true, ..MachineConfig::default() };
+    system.disk(setup, &config.image)?;
+    let recording = machine::record(&config, &mut |_| {});
+    // A leftover in the target directory does no harm.
+    let _ = fs::remove_file(&config.image);
+    let recording = recording?;
+    let visits = parse_lines(&recording.profile).context("profile")?;
+    let outcome = recording.parse()?;
+    if let Err(why) = judge(&outcome) {
+        bail!("{why}\n{}", outcome.serial);
+    }
+    for event in &outcome.events {
+        if let Body::VmEnd { vm, reason, status, .. } = &event.body {
+            let right = *status == Some(guests::SUCCESS.into());
+            ensure!(right, "VM {vm} ended with {reason} {status:?}\n{}", outcome.serial);
+        }
+    }
+    Ok(Run { serial: outcome.serial, visits })
+}
+
+/// The rows among the lines of a log, by name.
+fn printed(log: &str) -> Result<BTreeMap<String, Figures>> {
+    let prefix = format!("[{GUEST}] bench ");
+    let lines = log.lines().filter_map(|line| line.trim_end().strip_prefix(&prefix));
+    lines.map(|line| printed_row(line).with_context(|| format!("not a row: {line}"))).collect()
+}
+
+/// Reads `NAME min TICKS median TICKS n EXECUTIONS` or `NAME none (WHY)`.
+fn printed_row(line: &str) -> Option<(String, Figures)> {
+    let (name, rest) = line.split_once(' ')?;
+    let figures = match rest.strip_prefix("none (") {
+        Some(why) => Err(why.strip_suffix(')')?.to_owned()),
+        None => {
+            let words: Vec<&str> = rest.split(' ').collect();
+            let ["min", min, "median", median, "n", _] = words[..] else { return None };
+            Ok((min.parse().ok()?, median.parse().ok()?))
+        }
+    };
+    Some((name.to_owned(), figures))
+}
+
+/// Least and median of the visits' lengths.
+fn figures(visits: &[&Visit]) -> Figures {
+    let mut lengths: Vec<(u64, u64)> =
+        visits.iter().map(|visit| (visit.total(), visit.count)).collect();
+    lengths.sort_unstable();
+    let half = lengths.iter().map(|(_, count)| count).sum::<u64>() / 2;
+    let mut before = 0;
+    let median = lengths.iter().find(|(_, count)| {
+        before += count;
+        before > half
+    });
+    match (lengths.first(), median) {
+        (Some((min, _)), Some((median, _))) => Ok((*min, *median)),
+        _ => Err("it did not happen".to_owned()),
+    }
+}
+
+// ---- Showing -----------------------------------------------------------------------------------
+
+fn json(measured: &[Measured]) -> Vec<JsonRow> {
+    let row = |measured: &Measured| {
+        let (min, median) = *measured.figures.as_ref().ok()?;
+        Some(JsonRow { name: measured.row.name, min, median })
+    };
+    measured.iter().filter_map(row).collect()
+}
+
+fn table(measured: &[Measured], previous: &BTreeMap<String, u64>) -> String {
+    let mut rows = vec![["row", "min", "median", "previous", "aim", ""].map(str::to_owned)];
+    for Measured { row, figures, .. } in measured {
+        let optional = |number: Option<u64>| number.map_or_else(String::new, |n| n.to_string());
+        let (min, median) = match figures {
+            Ok((min, median)) => (min.to_string(), median.to_string()),
+            Err(_) => ("-".to_owned(), "-".to_owned()),
+        };
+        let note = match (figures, row.aim) {
+            (Err(why), _) => why.clone(),
+            (Ok((_, median)), Some(aim)) if *median > aim => format!("{} too many", median - aim),
+            _ => String::new(),
+        };
+        let before = optional(previous.get(row.name).copied());
+        rows.push([row.name.to_owned(), min, median, before, optional(row.aim), note]);
+    }
+    align(&rows)
+}
+
+/// For each row its instructions by function. Functions with fewer than `least` are summed up.
+fn profile_text(measured: &[Measured], least: u64) -> String {
+    let mut text = String::new();
+    for row in measured.iter().filter(|row| row.in_hypervisor() > 0) {
+        let _ = writeln!(text, "{}: {} in the hypervisor", row.name(), row.in_hypervisor());
+        let (shown, others): (Vec<_>, Vec<_>) =
+            row.functions.iter().partition(|(_, times)| *times >= least);
+        for (function, times) in shown {
+            let _ = writeln!(text, "  {times:5}  {function}");
+        }
+        if !others.is_empty() {
+            let rest: u64 = others.iter().map(|(_, times)| times).sum();
+            let _ = writeln!(text, "  {rest:5}  {} others", others.len());
+        }
+    }
+    text
+}
+
+// ---- The document ------------------------------------------------------------------------------
+
+/// The table for the document.
+fn markdown(measured: &[Measured]) -> String {
+    let mut text = "| row | what happens | min | median | aim | KVM |\n".to_owned();
+    text.push_str("|---|---|---:|---:|---:|---:|\n");
+    for Measured { row: Row { name, what, aim, kvm }, figures, .. } in measured {
+        let ticks = match figures {
+            Ok((min, median)) => format!("{min} | {median}"),
+            Err(why) => format!("- | {why}"),
+        };
+        let aim = aim.map_or_else(String::new, |aim| aim.to_string());
+        let _ = writeln!(text, "| `{name}` | {what} | {ticks} | {aim} | {kvm} |");
+    }
+    text
+}
+
+/// The medians in the document's table, by row.
+fn medians(document: &str) -> BTreeMap<String, u64> {
+    let rows = document.lines().filter_map(|line| {
+        let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+        let ["", name, _, _, median, ..] = cells[..] else { return None };
+        let name = name.strip_prefix('`')?.strip_suffix('`')?;
+        Some((name.to_owned(), median.parse().ok()?))
+    });
+    rows.collect()
+}
+
+/// Puts `content` between the document's two marks of this name.
+fn replace(document: &str, name: &str, content: &str) -> Result<String> {
+    let (begin, end) = (format!("<!-- {name} -->\n"), format!("<!-- end of {name} -->\n"));
+    let parts = document.split_once(&begin).and_then(|(before, rest)| {
+        let (_, after) = rest.split_once(&end)?;
+        Some(format!("{before}{begin}{content}{end}{after}"))
+    });
+    parts.with_context(|| format!("{DOCUMENT} lacks {begin:?} and {end:?}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::events::Address;
+
+    #[test]
+    fn rows_are_read_from_among_other_lines() {
+        let log = "VM bench: 64 MiB\r\n[bench] bench cpuid min 123 median 125 n 100\r\n\
+                   [bench] bench ept_fill_4k none (no exit by 9 first touches)\r\n[bench] ok\r\n";
+        let rows = printed(log).unwrap();
+        assert_eq!(rows.len(), 2);
+        assert_eq!(rows["cpuid"], Ok((123, 125)));
+        assert_eq!(rows["ept_fill_4k"], Err("no exit by 9 first touches".to_owned()));
+        assert!(printed("[bench] bench cpuid min 123 median\n").is_err());
+    }
+
+    #[test]
+    fn the_median_counts_every_visit() {
+        let visit = |total: u64, count| Visit {
+            guest: Address(0),
+            reason: PREEMPTION_TIMER,
+            switched: true,
+            count,
+            instructions: vec![(Address(1), total - 1), (Address(2), 1)],
+        };
+        let visits = [visit(700, 3), visit(650, 1), visit(9000, 2)];
+        assert_eq!(figures(&visits.iter().collect::<Vec<_>>()), Ok((650, 700)));
+        assert_eq!(figures(&[&visits[0], &visits[2]]), Ok((700, 700)));
+        assert!(figures(&[]).is_err());
+    }
+
+    fn measured() -> Vec<Measured> {
+        let figures = |name| match name {
+            "cpuid" => Ok((140, 151)),
+            _ => Err("not offered".to_owned()),
+        };
+        let measured = |row: &'static Row| Measured {
+            row,
+            figures: figures(row.name),
+            functions: vec![("enter".to_owned(), 60)],
+        };
+        ROWS.iter().map(measured).collect()
+    }
+
+    #[test]
+    fn the_document_gives_back_what_was_put_into_it() {
+        let document = "# P\n<!-- figures -->\nold\n<!-- end of figures -->\nmore\n";
+        let updated = replace(document, "figures", &markdown(&measured())).unwrap();
+        assert!(updated.starts_with("# P\n<!-- figures -->\n| row |"), "{updated}");
+        assert!(updated.ends_with("|\n<!-- end of figures -->\nmore\n"), "{updated}");
+        assert_eq!(medians(&updated), BTreeMap::from([("cpuid".to_owned(), 151)]));
+        assert_eq!(replace(&updated, "figures", "old\n").unwrap(), document);
+        assert!(replace(document, "profile", "").is_err());
+    }
+
+    #[test]
+    fn the_table_compares_with_aim_and_previous() {
+        let table = table(&measured(), &BTreeMap::from([("cpuid".to_owned(), 185)]));
+        let line = table.lines().find(|line| line.starts_with("cpuid")).unwrap();
+        let words: Vec<&str> = line.split_whitespace().collect();
+        assert_eq!(words, ["cpuid", "140", "151", "185", "150", "1", "too", "many"]);
+        assert_eq!(json(&measured()).len(), 1);
+    }
+
+    #[test]
+    fn every_row_is_one_of_the_guest() {
+        let guest = root().join("tests/guests/src/bin/bench.rs");
+        let guest = fs::read_to_string(guest).unwrap();
+        let rows = guest.lines().filter_map(|line| line.strip_prefix("row!(")?.split_once(','));
+        let mut names: Vec<&str> = rows.map(|(name, _)| name).chain([SWITCH]).collect();
+        let mut known: Vec<&str> = ROWS.iter().map(|row| row.name).collect();
+        names.sort_unstable();
+        known.sort_unstable();
+        assert_eq!(names, known);
+    }
+}

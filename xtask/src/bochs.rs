@@ -1,0 +1,390 @@
+//! Bochs: where it is, what it can do, and the configuration of the machine that it makes.
+
+use std::fmt::{self, Display, Write};
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context, Result, bail};
+use object::{Object, ObjectSymbol};
+
+use crate::cache::{self, Root};
+use crate::console;
+use crate::machine::{MachineConfig, Quirk, SldScope};
+
+/// The oldest release that will do: 3.0 lacks UEFI support, 2.7 the monitor trap flag too.
+pub const OLDEST: Version = Version(3, 1);
+
+/// Instructions a second of machine time, which decides how many instructions a device's delay costs.
+///
+/// All delays of a PC (BIOS, disk, UART) are in machine time. At 100 million a character on the UART
+/// costs 8,680 ticks and the BIOS 300 million; at 4 million it is 347 and 16 million, and yet a timer
+/// tick of 1 kHz leaves 4,000 instructions between two interrupts. Down to 1 million the BIOS boots.
+const INSTRUCTIONS_PER_SECOND: u32 = 4_000_000;
+
+/// Machine time at power on, in seconds since 1970: always the same, for the same run every time.
+const BOOT_TIME: u32 = 946_684_800;
+
+/// An MSR that the CPU models lack: number, and value at reset, reserved bits and ignored bits.
+type ExtraMsr = (u32, [u64; 3]);
+
+/// MSRs of a machine with split-lock detection.
+///
+/// 0x33 (TEST_CTRL) has bit 29 and nothing else; 0xCF (IA32_CORE_CAPABILITIES) says in bit 5 that it works.
+fn sld_msrs(quirk: Option<Quirk>) -> Vec<ExtraMsr> {
+    const BIT_29: u64 = 1 << 29;
+    let (reset, ignored) = match quirk {
+        None => (0, 0),
+        Some(Quirk::StuckOn) => (BIT_29, BIT_29),
+        Some(Quirk::Undeclared) => (BIT_29, 0),
+    };
+    let mut msrs = vec![(0x33, [reset, !BIT_29, ignored])];
+    if quirk != Some(Quirk::Undeclared) {
+        msrs.push((0xCF, [1 << 5, u64::MAX, 0]));
+    }
+    msrs
+}
+
+/// A line of the file of extra MSRs. Type 2 means a value without further rules; every number but the first has
+/// eight digits, the high half before the low one.
+fn msr_line((number, values): ExtraMsr) -> String {
+    let halves = values.map(|value| format!("{:08x} {:08x}", value >> 32, value as u32));
+    format!("{number:03x} 2 {}\n", halves.join(" "))
+}
+
+/// In bochs.log when such a line was read as meant.
+fn msr_loaded((number, values): ExtraMsr) -> String {
+    let halves = values.map(|value| format!("{:08x}:{:08x}", value >> 32, value as u32));
+    format!("loaded MSR[0x{number:03x}] type=2 {}", halves.join(" "))
+}
+
+/// Said on the standard error when the machine powered itself off; the exit status is 1 then as for errors.
+const POWERED_OFF: [&str; 2] =
+    ["Shutdown port: shutdown requested", "ACPI control: soft power off"];
+
+/// In bochs.log when a CPU shut itself down for a triple fault outside guests.
+const TRIPLE_FAULT: &str = "exception with no resolution";
+
+/// Names of the files in the machine's directory.
+pub mod file {
+    /// The configuration.
+    pub const CONFIG: &str = "bochsrc";
+    /// Extra MSRs.
+    pub const MSRS: &str = "msrs.def";
+    /// Bochs' log.
+    pub const LOG: &str = "bochs.log";
+}
+
+/// Major and minor version.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Version(pub u32, pub u32);
+
+impl Display for Version {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}.{}", self.0, self.1)
+    }
+}
+
+impl Version {
+    /// Finds the version in Bochs' banner, `Bochs x86 Emulator 3.1` or `… 2.7.1`.
+    pub fn in_banner(text: &str) -> Option<Self> {
+        let rest = text.split_once("Bochs x86 Emulator ")?.1;
+        let mut numbers = rest.split(|c: char| !c.is_ascii_digit()).map(str::parse);
+        Some(Self(numbers.next()?.ok()?, numbers.next()?.ok()?))
+    }
+}
+
+/// A Bochs that can be used.
+#[derive(Clone, Debug)]
+pub struct Bochs {
+    place: Place,
+    version: Version,
+}
+
+#[derive(Clone, Debug)]
+enum Place {
+    Host(PathBuf),
+    Cache(Root),
+}
+
+impl Display for Bochs {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let place = match &self.place {
+            Place::Host(program) => program,
+            Place::Cache(root) => root.path(),
+        };
+        write!(f, "Bochs {} ({})", self.version, place.display())
+    }
+}
+
+impl Bochs {
+    /// The host's Bochs.
+    ///
+    /// # Errors
+    /// Why there is none that can be used, in words for `doctor`.
+    pub fn on_host() -> Result<Self> {
+        // Debian's `bochs` is a script around `bochs-bin`; a library can only be loaded into the latter.
+        let Some(program) = cache::in_path("bochs-bin").or_else(|| cache::in_path("bochs")) else {
+            bail!("not installed");
+        };
+        let at = program.display().to_string();
+        has_hooks(&program).with_context(|| format!("{at} cannot be used"))?;
+        for firmware in ["BIOS-bochs-latest", "VGABIOS-lgpl-latest"] {
+            let file = Path::new("/usr/share/bochs").join(firmware);
+            if !file.exists() {
+                bail!("{at} cannot be used: {} is missing", file.display());
+            }
+        }
+        let bochs = Self { place: Place::Host(program), version: OLDEST };
+        bochs.ask_version()
+    }
+
+    /// The cached Bochs, if it is there.
+    ///
+    /// # Errors
+    /// If it is not, or does not run.
+    pub fn in_cache() -> Result<Self> {
+        let root = cache::existing().context("not fetched yet")?;
+        Self { place: Place::Cache(root), version: OLDEST }.ask_version()
+    }
+
+    /// The host's Bochs if it can be used, else the cached one, which is fetched if need be.
+    ///
+    /// # Errors
+    /// If there is none and none can be fetched.
+    pub fn ensure() -> Result<Self> {
+        let bochs = match Self::on_host() {
+            Ok(bochs) => bochs,
+            Err(why) => {
+                console::verbose(&format!("host's Bochs: {why:#}"));
+                let root = cache::ensure()?;
+                Self { place: Place::Cache(root), version: OLDEST }.ask_version()?
+            }
+        };
+        console::verbose(&bochs.to_string());
+        Ok(bochs)
+    }
+
+    /// Fills in the version that the program tells.
+    fn ask_version(self) -> Result<Self> {
+        let help = self.help(&["--help"])?;
+        let version =
+            Version::in_banner(&help).with_context(|| format!("no version in: {help}"))?;
+        if version < OLDEST {
+            bail!("version {version} is too old, {OLDEST} is needed");
+        }
+        Ok(Self { version, ..self })
+    }
+
+    fn help(&self, arguments: &[&str]) -> Result<String> {
+        let output = console::capture(self.command(None).args(arguments))?;
+        Ok(String::from_utf8_lossy(&output.stdout).into_owned()
+            + &String::from_utf8_lossy(&output.stderr))
+    }
+
+    /// Names of the CPU models.
+    ///
+    /// # Errors
+    /// If Bochs does not tell.
+    pub fn models(&self) -> Result<Vec<String>> {
+        let models = models_in(&self.help(&["--help", "cpu"])?);
+        if models.is_empty() {
+            bail!("{self} does not tell its CPU models");
+        }
+        Ok(models)
+    }
+
+    /// A command that runs it, with a library loaded before it.
+    pub fn command(&self, preload: Option<&Path>) -> Command {
+        match &self.place {
+            Place::Host(program) => {
+                let mut command = Command::new(program);
+                if let Some(library) = preload {
+                    command.env("LD_PRELOAD", library);
+                }
+                command
+            }
+            Place::Cache(root) => {
+                let mut command = root.command("usr/bin/bochs-bin", preload);
+                command
+                    .env("LTDL_LIBRARY_PATH", root.libraries().join("bochs/plugins"))
+                    .env("BXSHARE", root.path().join("usr/share/bochs"));
+                command
+            }
+        }
+    }
+
+    /// Writes the machine's configuration into its directory.
+    ///
+    /// # Errors
+    /// If the model is unknown or a file cannot be written.
+    pub fn configure(
+        &self,
+        config: &MachineConfig,
+        directory: &Path,
+        disk: &str,
+        serial: [&str; 2],
+    ) -> Result<()> {
+        let models = self.models()?;
+        if !models.contains(&config.model) {
+            bail!("unknown CPU model {:?}; {self} has: {}", config.model, models.join(" "));
+        }
+        fs::write(directory.join(file::CONFIG), bochsrc(config, disk, serial))?;
+        if config.sld {
+            let lines: String = sld_msrs(config.quirk).into_iter().map(msr_line).collect();
+            fs::write(directory.join(file::MSRS), lines)?;
+        }
+        Ok(())
+    }
+}
+
+/// Whether the program has the instrumentation hooks that the shim needs. Its own checks are the strict ones; this one
+/// tells a build without instrumentation, and a script, before anything is run.
+fn has_hooks(program: &Path) -> Result<()> {
+    let data = fs::read(program)?;
+    let elf = object::File::parse(&*data).context("not an ELF program")?;
+    let hook = "_Z19bx_instr_lin_accessjmmjjj";
+    if !elf.dynamic_symbols().any(|symbol| symbol.name() == Ok(hook)) {
+        bail!("built without instrumentation stubs ({hook})");
+    }
+    Ok(())
+}
+
+/// The list behind "Supported CPU models:", one a line.
+fn models_in(help: &str) -> Vec<String> {
+    let Some((_, list)) = help.split_once("Supported CPU models:") else {
+        return Vec::new();
+    };
+    let lines = list.lines().map(str::trim).skip_while(|line| line.is_empty());
+    lines.take_while(|line| !line.is_empty()).map(str::to_owned).collect()
+}
+
+/// The configuration file. Paths are relative to the machine's directory.
+fn bochsrc(config: &MachineConfig, disk: &str, [serial, events]: [&str; 2]) -> String {
+    let MachineConfig { model, cpus, memory_mib, sld, scope, .. } = config;
+    let count = match scope {
+        SldScope::Thread => format!("{cpus}"),
+        SldScope::Core { threads } => format!("1:{}:{threads}", cpus / threads),
+    };
+    let msrs = if *sld { format!(r#", msrs="{}""#, file::MSRS) } else { String::new() };
+    let mut text = String::new();
+    // A missing MSR must fault as on hardware. No panic may stop and ask. VGA updates by machine time, not by the
+    // host's clock, for the same run every time.
+    let _ = write!(
+        text,
+        "\
+cpu: model={model}, count={count}, ips={INSTRUCTIONS_PER_SECOND}, reset_on_triple_fault=0, ignore_bad_msrs=0{msrs}
+memory: guest={memory_mib}, host={memory_mib}
+romimage: file=$BXSHARE/BIOS-bochs-latest
+vgaromimage: file=$BXSHARE/VGABIOS-lgpl-latest
+vga: extension=vbe, update_freq=5, realtime=0
+ata0-master: type=disk, path={disk}, mode=flat
+boot: disk
+com1: enabled=1, mode=file, dev={serial}
+com2: enabled=1, mode=file, dev={events}
+clock: sync=none, time0={BOOT_TIME}
+log: {log}
+panic: action=fatal
+display_library: term
+speaker: enabled=0
+sound: waveoutdrv=dummy, waveindrv=dummy, midioutdrv=dummy
+",
+        log = file::LOG,
+    );
+    text
+}
+
+/// Whether what Bochs said on its standard error means that the machine powered itself off.
+pub fn powered_off(said: &str) -> bool {
+    POWERED_OFF.iter().any(|message| said.contains(message))
+}
+
+/// Whether the log tells of a triple fault outside guests.
+pub fn cpu_shut_down(log: &str) -> bool {
+    log.contains(TRIPLE_FAULT)
+}
+
+/// Checks by the log that the machine had the MSRs that it was to have.
+///
+/// # Errors
+/// If one was not loaded as meant: such a run proves nothing.
+pub fn check_msrs(quirk: Option<Quirk>, log: &str) -> Result<()> {
+    match sld_msrs(quirk).into_iter().map(msr_loaded).find(|line| !log.contains(line)) {
+        Some(line) => bail!("Bochs did not load an MSR as meant; its log lacks {line:?}"),
+        None => Ok(()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_are_read_and_ordered() {
+        let version = |text: &str| Version::in_banner(text);
+        assert_eq!(version("===\n      Bochs x86 Emulator 3.1\n  Built from"), Some(Version(3, 1)));
+        assert_eq!(version("Bochs x86 Emulator 2.7"), Some(Version(2, 7)));
+        assert_eq!(version("Bochs x86 Emulator 3.1.1"), Some(Version(3, 1)));
+        assert_eq!(version("Bochs x86 Emulator 3.12.devel"), Some(Version(3, 12)));
+        assert_eq!(version("Bochs x86 Emulator soon"), None);
+        assert_eq!(version("bochs: command not found"), None);
+        assert!(Version(3, 0) < OLDEST && Version(2, 11) < OLDEST && Version(3, 10) > OLDEST);
+    }
+
+    #[test]
+    fn models_are_listed() {
+        let help = "log\nSupported CPU models:\n\ni386\narrow_lake\n\n0000i[SIM   ] quit_sim\n";
+        assert_eq!(models_in(help), ["i386", "arrow_lake"]);
+        assert!(models_in("Usage: bochs [flags]").is_empty());
+    }
+
+    #[test]
+    fn the_configuration_says_what_was_asked_for() {
+        let config = MachineConfig {
+            model: "tigerlake".to_owned(),
+            cpus: 4,
+            memory_mib: 512,
+            ..MachineConfig::default()
+        };
+        let text = bochsrc(&config, "disk.img", ["one.txt", "two.txt"]);
+        assert!(text.contains("cpu: model=tigerlake, count=4, "), "{text}");
+        assert!(text.contains(r#", msrs="msrs.def""#), "{text}");
+        assert!(text.contains("memory: guest=512, host=512\n"), "{text}");
+        assert!(text.contains("path=disk.img,"), "{text}");
+        assert!(text.contains("com1: enabled=1, mode=file, dev=one.txt\n"), "{text}");
+        assert!(text.contains("com2: enabled=1, mode=file, dev=two.txt\n"), "{text}");
+
+        let without = bochsrc(&MachineConfig { sld: false, ..config.clone() }, "d", ["1", "2"]);
+        assert!(!without.contains("msrs.def"), "{without}");
+
+        let smt = MachineConfig { scope: SldScope::Core { threads: 2 }, ..config };
+        assert!(bochsrc(&smt, "d", ["1", "2"]).contains("count=1:2:2, "));
+    }
+
+    fn msr_lines(quirk: Option<Quirk>) -> String {
+        sld_msrs(quirk).into_iter().map(msr_line).collect()
+    }
+
+    #[test]
+    fn the_msr_file_is_in_the_form_that_bochs_wants() {
+        let test_ctrl = "033 2 00000000 00000000 ffffffff dfffffff 00000000 00000000\n";
+        let capabilities = "0cf 2 00000000 00000020 ffffffff ffffffff 00000000 00000000\n";
+        assert_eq!(msr_lines(None), format!("{test_ctrl}{capabilities}"));
+        let stuck = "033 2 00000000 20000000 ffffffff dfffffff 00000000 20000000\n";
+        assert_eq!(msr_lines(Some(Quirk::StuckOn)), format!("{stuck}{capabilities}"));
+        let set = "033 2 00000000 20000000 ffffffff dfffffff 00000000 00000000\n";
+        assert_eq!(msr_lines(Some(Quirk::Undeclared)), set);
+    }
+
+    #[test]
+    fn a_machine_without_the_msrs_is_noticed() {
+        let log = "\
+            loaded MSR[0x033] type=2 00000000:00000000 ffffffff:dfffffff 00000000:00000000\n\
+            loaded MSR[0x0cf] type=2 00000000:00000020 ffffffff:ffffffff 00000000:00000000\n";
+        let check = |log: &str| check_msrs(None, log);
+        assert!(check(log).is_ok());
+        assert!(check(log.lines().next().unwrap()).is_err());
+        assert!(check(&log.replace("dfffffff", "ffffffff")).is_err());
+        assert!(check_msrs(Some(Quirk::StuckOn), log).is_err());
+    }
+}

@@ -1,0 +1,320 @@
+//! `hv.toml`, the hypervisor's configuration, and the guest images that it names.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use anyhow::{Context, Result, bail, ensure};
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+
+use crate::guests::{self, GUESTS};
+
+/// What the host does about split locks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SldMode {
+    /// Detection is off.
+    Off,
+    /// A guest that splits a lock is warned once, then left alone.
+    Warn,
+    /// A guest that splits a lock is stopped.
+    Fatal,
+}
+
+/// The file.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct HvConfig {
+    /// The host's mode.
+    pub sld: SldMode,
+    /// The VMs.
+    #[serde(rename = "vm")]
+    pub vms: Vec<Vm>,
+}
+
+/// A VM.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Vm {
+    /// Its name, unique, 1 to 31 characters of `A-Za-z0-9._-`.
+    pub name: String,
+    /// Its image's path in the ramdisk.
+    pub image: String,
+    /// Its memory in MiB.
+    pub memory_mib: u32,
+    /// Whether it is shown split-lock detection.
+    pub expose_sld: bool,
+    /// A stricter mode than the host's.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub policy: Option<SldMode>,
+    /// Its command line.
+    pub cmdline: String,
+}
+
+/// Memory in MiB of a guest of which nothing is known but its file.
+const UNKNOWN_GUEST_MEMORY: u32 = 32;
+/// The longest name of a VM.
+const MAX_NAME: usize = 31;
+
+/// Where a guest's image comes from.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// A test guest of this name.
+    Registered(&'static str),
+    /// A file.
+    File(PathBuf),
+}
+
+/// A configuration with the images that it needs.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// The text of `hv.toml`.
+    pub config: String,
+    /// Path in the ramdisk and source of every image.
+    pub images: Vec<(String, Source)>,
+}
+
+impl Vm {
+    /// The VM of a test guest.
+    pub fn of_guest(guest: &guests::Guest) -> Self {
+        Self {
+            name: guest.name.to_owned(),
+            image: format!("guests/{}", guest.name),
+            memory_mib: guest.memory_mib,
+            expose_sld: guest.expose_sld,
+            policy: None,
+            cmdline: String::new(),
+        }
+    }
+}
+
+impl HvConfig {
+    /// The text of the file.
+    ///
+    /// # Errors
+    /// If a string cannot be written as TOML.
+    pub fn to_text(&self) -> Result<String> {
+        Ok(toml::to_string(self)?)
+    }
+}
+
+impl Setup {
+    /// For guests given by the name of a test guest or by a file; without any, the guests of the demonstration.
+    /// `expose_sld` is for files.
+    ///
+    /// # Errors
+    /// If a guest is neither, or its file cannot be read.
+    pub fn of_guests(sld: SldMode, names: &[String], expose_sld: bool) -> Result<Self> {
+        let demonstration: Vec<String>;
+        let names = if names.is_empty() {
+            let demo = GUESTS.iter().filter(|guest| guest.demo);
+            demonstration = demo.map(|guest| guest.name.to_owned()).collect();
+            &demonstration
+        } else {
+            names
+        };
+        let mut vms: Vec<Vm> = Vec::new();
+        let mut images: Vec<(String, Source)> = Vec::new();
+        for name in names {
+            let (mut vm, source) = guest(name, expose_sld)?;
+            match images.iter().find(|(_, known)| *known == source) {
+                Some((image, _)) => vm.image.clone_from(image),
+                None => {
+                    let taken: Vec<&str> = images.iter().map(|(image, _)| &**image).collect();
+                    vm.image = unique(&vm.image, &taken, usize::MAX);
+                    images.push((vm.image.clone(), source));
+                }
+            }
+            let taken: Vec<&str> = vms.iter().map(|vm| &*vm.name).collect();
+            vm.name = unique(&vm.name, &taken, MAX_NAME);
+            vms.push(vm);
+        }
+        Ok(Self { config: HvConfig { sld, vms }.to_text()?, images })
+    }
+
+    /// For a configuration that the user wrote. An image is a file beside it or, as `guests/NAME`, a test guest.
+    ///
+    /// # Errors
+    /// If it cannot be read, or an image is neither.
+    pub fn of_file(path: &Path) -> Result<Self> {
+        #[derive(Deserialize)]
+        struct Written {
+            #[serde(default)]
+            vm: Vec<WrittenVm>,
+        }
+        #[derive(Deserialize)]
+        struct WrittenVm {
+            image: Option<String>,
+        }
+
+        let shown = path.display();
+        let config = fs::read_to_string(path).with_context(|| format!("cannot read {shown}"))?;
+        // Only what is needed here: everything else is for the hypervisor to judge.
+        let written: Written = toml::from_str(&config).with_context(|| format!("{shown}"))?;
+        let beside = path.parent().unwrap_or(Path::new(""));
+        let mut images: Vec<(String, Source)> = Vec::new();
+        for image in written.vm.into_iter().filter_map(|vm| vm.image) {
+            if images.iter().any(|(known, _)| *known == image) {
+                continue;
+            }
+            let file = beside.join(&image);
+            let registered = image.strip_prefix("guests/").and_then(guests::find);
+            let source = match registered {
+                _ if file.is_file() => Source::File(file),
+                Some(guest) => Source::Registered(guest.name),
+                None => bail!(
+                    "{shown}: image {image:?} is neither a file beside it nor guests/NAME with one of: {}",
+                    guest_names()
+                ),
+            };
+            images.push((image, source));
+        }
+        Ok(Self { config, images })
+    }
+}
+
+/// VM and image of one `--guest`.
+fn guest(name: &str, expose_sld: bool) -> Result<(Vm, Source)> {
+    if let Some(guest) = guests::find(name) {
+        return Ok((Vm::of_guest(guest), Source::Registered(guest.name)));
+    }
+    let path = Path::new(name);
+    if !path.exists() {
+        bail!("guest {name:?} is neither a file nor one of: {}", guest_names());
+    }
+    let length =
+        fs::metadata(path).with_context(|| format!("guest {name:?} cannot be read"))?.len();
+    ensure!(path.is_file(), "guest {name:?} is not a file");
+    ensure!(length > 0, "guest {name:?} is an empty file");
+    fs::File::open(path).with_context(|| format!("guest {name:?} cannot be read"))?;
+
+    let stem = path.file_name().unwrap_or_default().to_string_lossy();
+    let fitting = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '_' };
+    let name: String = stem.chars().map(fitting).take(MAX_NAME).collect();
+    let vm = Vm {
+        image: format!("guests/{name}"),
+        name,
+        memory_mib: UNKNOWN_GUEST_MEMORY,
+        expose_sld,
+        policy: None,
+        cmdline: String::new(),
+    };
+    Ok((vm, Source::File(path.to_owned())))
+}
+
+fn guest_names() -> String {
+    GUESTS.iter().map(|guest| guest.name).collect::<Vec<_>>().join(" ")
+}
+
+/// `name`, or the first of `name-2`, `name-3` … that is not taken, cut to the longest allowed length.
+fn unique(name: &str, taken: &[&str], longest: usize) -> String {
+    let mut candidate = name.to_owned();
+    for number in 2.. {
+        if !taken.contains(&&*candidate) {
+            break;
+        }
+        let suffix = format!("-{number}");
+        let keep = longest.saturating_sub(suffix.len());
+        candidate = name.chars().take(keep).chain(suffix.chars()).collect();
+    }
+    candidate
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn names(names: &[&str]) -> Vec<String> {
+        names.iter().map(|&name| name.to_owned()).collect()
+    }
+
+    fn images(setup: &Setup) -> Vec<&str> {
+        setup.images.iter().map(|(image, _)| &**image).collect()
+    }
+
+    #[test]
+    fn a_registered_guest_brings_its_own_settings() {
+        let setup = Setup::of_guests(SldMode::Fatal, &names(&["sld-aware"]), false).unwrap();
+        let expected = "\
+sld = \"fatal\"
+
+[[vm]]
+name = \"sld-aware\"
+image = \"guests/sld-aware\"
+memory_mib = 8
+expose_sld = true
+cmdline = \"\"
+";
+        assert_eq!(setup.config, expected);
+        let source = Source::Registered("sld-aware");
+        assert_eq!(setup.images, [("guests/sld-aware".to_owned(), source)]);
+    }
+
+    #[test]
+    fn without_guests_the_demonstration_runs() {
+        let setup = Setup::of_guests(SldMode::Warn, &[], false).unwrap();
+        let demo = GUESTS.iter().filter(|guest| guest.demo).count();
+        assert_eq!(setup.images.len(), demo);
+        assert!(demo > 0);
+    }
+
+    #[test]
+    fn the_same_guest_twice_is_two_vms_with_one_image() {
+        let twice = names(&["controls", "controls", "controls"]);
+        let setup = Setup::of_guests(SldMode::Warn, &twice, false).unwrap();
+        assert_eq!(images(&setup), ["guests/controls"]);
+        for name in ["controls", "controls-2", "controls-3"] {
+            assert!(setup.config.contains(&format!("name = \"{name}\"\n")), "{}", setup.config);
+        }
+    }
+
+    #[test]
+    fn a_file_is_a_guest_with_a_fitting_name() {
+        let directory = std::env::temp_dir().join(format!("unsplit-config-{}", std::process::id()));
+        for (below, name) in [("a", "my guest (new).elf"), ("b", "my guest (new).elf")] {
+            fs::create_dir_all(directory.join(below)).unwrap();
+            fs::write(directory.join(below).join(name), "guest").unwrap();
+        }
+        let paths = ["a", "b"].map(|below| directory.join(below).join("my guest (new).elf"));
+        let given: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
+        let setup = Setup::of_guests(SldMode::Warn, &given, true);
+        let empty = directory.join("empty");
+        fs::write(&empty, "").unwrap();
+        let refused = Setup::of_guests(SldMode::Warn, &[empty.display().to_string()], false);
+        let folder = Setup::of_guests(SldMode::Warn, &[directory.display().to_string()], false);
+
+        let toml = directory.join("own.toml");
+        fs::write(&toml, "[[vm]]\nimage = \"empty\"\n[[vm]]\nimage = \"guests/controls\"\n")
+            .unwrap();
+        let own = Setup::of_file(&toml);
+        fs::write(&toml, "[[vm]]\nimage = \"guests/nobody\"\n").unwrap();
+        let nobody = Setup::of_file(&toml);
+        fs::write(&toml, "[[vm]\n").unwrap();
+        let broken = Setup::of_file(&toml);
+        fs::remove_dir_all(&directory).unwrap();
+
+        let setup = setup.unwrap();
+        assert_eq!(images(&setup), ["guests/my_guest__new_.elf", "guests/my_guest__new_.elf-2"]);
+        assert!(setup.config.contains("name = \"my_guest__new_.elf-2\"\n"), "{}", setup.config);
+        assert_eq!(setup.config.matches("expose_sld = true").count(), 2);
+        assert!(refused.unwrap_err().to_string().contains("empty file"));
+        assert!(folder.unwrap_err().to_string().contains("not a file"));
+        let sources: Vec<Source> =
+            own.unwrap().images.into_iter().map(|(_, source)| source).collect();
+        assert_eq!(sources, [Source::File(empty), Source::Registered("controls")]);
+        assert!(nobody.unwrap_err().to_string().contains("guests/nobody"));
+        assert!(format!("{:#}", broken.unwrap_err()).contains("own.toml"));
+    }
+
+    #[test]
+    fn an_unknown_guest_is_answered_with_the_names() {
+        let error = Setup::of_guests(SldMode::Warn, &names(&["nobody"]), false).unwrap_err();
+        assert!(error.to_string().contains("\"nobody\""), "{error}");
+        assert!(error.to_string().contains("split-add-cpl0"), "{error}");
+    }
+
+    #[test]
+    fn names_stay_within_their_length() {
+        let long = "x".repeat(MAX_NAME);
+        let second = unique(&long, &[&long], MAX_NAME);
+        assert_eq!((second.len(), &second[MAX_NAME - 2..]), (MAX_NAME, "-2"));
+    }
+}

@@ -1,0 +1,32 @@
+//! Everything around the hypervisor: building it, making its disk, fetching and running the machines,
+//! reading what they say, checking it against the ground truth.
+//!
+//! `cargo xtask` is a thin command line over this library; the whole-machine tests use it directly.
+
+use std::env;
+use std::path::PathBuf;
+
+pub mod bare;
+pub mod bench;
+pub mod bochs;
+pub mod cache;
+pub mod config;
+pub mod console;
+pub mod doctor;
+pub mod events;
+pub mod guests;
+pub mod image;
+pub mod machine;
+pub mod profile;
+pub mod qemu;
+pub mod report;
+pub mod run;
+pub mod shim;
+pub mod suite;
+pub mod system;
+pub mod truth;
+
+/// Cargo's target directory: where everything goes that can be made again.
+pub fn target_directory() -> PathBuf {
+    env::var_os("CARGO_TARGET_DIR").map_or_else(|| bare::root().join("target"), PathBuf::from)
+}

@@ -1,0 +1,519 @@
+//! Runs one machine to its end and collects what it said.
+
+use std::fmt::{self, Display};
+use std::fs::{self, File};
+use std::io::Read;
+use std::os::unix::process::CommandExt;
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::time::{Duration, Instant};
+use std::{io, process, thread};
+
+use anyhow::{Context, Result, bail};
+
+use crate::bochs::{self, Bochs};
+use crate::console;
+use crate::events::{self, Event, Truth};
+use crate::qemu::{self, Qemu};
+use crate::shim;
+
+/// Which emulator makes the machine.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Emulator {
+    /// Bochs with the split-lock shim.
+    Bochs,
+    /// QEMU, whose CPU has VT-x if KVM gives it.
+    Qemu(Accelerator),
+}
+
+/// What runs QEMU's CPUs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Accelerator {
+    /// The host's VT-x, which the machine gets too if nested virtualization is on.
+    Kvm,
+    /// QEMU itself, without VT-x for the machine.
+    Tcg,
+}
+
+impl Emulator {
+    /// QEMU where KVM lets a guest use VT-x, else Bochs.
+    pub fn best() -> Self {
+        match Self::qemu() {
+            with_vtx @ Self::Qemu(Accelerator::Kvm) => with_vtx,
+            _ => Self::Bochs,
+        }
+    }
+
+    /// QEMU, with VT-x if that can be had.
+    pub fn qemu() -> Self {
+        let usable = qemu::nested_kvm().is_ok();
+        Self::Qemu(if usable { Accelerator::Kvm } else { Accelerator::Tcg })
+    }
+}
+
+/// What MSR 0x33 belongs to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SldScope {
+    /// Every thread has its own.
+    Thread,
+    /// The threads of a core share one, as in hardware.
+    Core {
+        /// Threads of a core.
+        threads: u32,
+    },
+}
+
+/// What is odd about the CPUs' split-lock detection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Quirk {
+    /// Bit 29 of MSR 0x33 is set, and whatever is written it stays.
+    StuckOn,
+    /// Bit 29 is set since reset, but MSR 0xCF does not exist: nothing says that there is detection.
+    Undeclared,
+}
+
+/// A machine.
+#[derive(Clone, Debug)]
+pub struct MachineConfig {
+    /// What makes it.
+    pub emulator: Emulator,
+    /// Disk image that it boots; the machine works on a copy.
+    pub image: PathBuf,
+    /// Number of CPUs (threads).
+    pub cpus: u32,
+    /// Bochs' CPU model.
+    pub model: String,
+    /// Memory in MiB.
+    pub memory_mib: u32,
+    /// Whether the CPUs have split-lock detection (Bochs only).
+    pub sld: bool,
+    /// What is odd about that (Bochs only).
+    pub quirk: Option<Quirk>,
+    /// What MSR 0x33 belongs to (Bochs only).
+    pub scope: SldScope,
+    /// Whether a profile of the hypervisor is recorded (Bochs only).
+    pub profile: bool,
+    /// A machine that says nothing for so long is stopped. One that goes on talking is stopped after
+    /// [`LIMIT`] times as long.
+    pub timeout: Duration,
+}
+
+/// How many times `timeout` a machine may run in total.
+pub const LIMIT: u32 = 20;
+
+impl Default for MachineConfig {
+    /// One Arrow Lake CPU with split-lock detection in Bochs, and no image yet.
+    fn default() -> Self {
+        Self {
+            emulator: Emulator::Bochs,
+            image: PathBuf::new(),
+            cpus: 1,
+            model: "arrow_lake".to_owned(),
+            memory_mib: 256,
+            sld: true,
+            quirk: None,
+            scope: SldScope::Thread,
+            profile: false,
+            timeout: Duration::from_secs(60),
+        }
+    }
+}
+
+/// What a run left.
+#[derive(Clone, Debug)]
+pub struct RunOutcome {
+    /// The hypervisor's events, in order.
+    pub events: Vec<Event>,
+    /// Every split lock that happened or faulted, in order (Bochs only).
+    pub truth: Vec<Truth>,
+    /// What was written to the first serial port.
+    pub serial: String,
+    /// How the machine ended.
+    pub exit: Exit,
+}
+
+/// How a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// It powered itself off.
+    PoweredOff,
+    /// A CPU shut itself down: a triple fault outside guests.
+    CpuShutdown,
+    /// The loader could not start the hypervisor, said why, and stopped.
+    LoaderStopped,
+    /// It was stopped because nothing happened for so long, or it went on for too long.
+    TimedOut {
+        /// Seconds it had run.
+        seconds: u64,
+    },
+    /// The emulator ended in some other way.
+    Died {
+        /// Its exit status.
+        status: String,
+        /// What it said.
+        output: String,
+    },
+}
+
+impl Display for Exit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::PoweredOff => write!(f, "the machine powered itself off"),
+            Self::CpuShutdown => write!(f, "a CPU shut down: triple fault in the hypervisor"),
+            Self::LoaderStopped => write!(f, "the loader could not start the hypervisor"),
+            Self::TimedOut { seconds } => {
+                write!(f, "no progress: the machine was stopped after {seconds} s")
+            }
+            Self::Died { status, output } => write!(f, "the emulator ended: {status}\n{output}"),
+        }
+    }
+}
+
+/// What a run left, as it was written.
+#[derive(Clone, Debug)]
+pub struct Recording {
+    /// The first serial port.
+    pub serial: String,
+    /// The second serial port.
+    pub events: String,
+    /// The truth file; empty on QEMU.
+    pub truth: String,
+    /// The profile, if it was asked for and the machine came to an end of its own.
+    pub profile: String,
+    /// How the machine ended.
+    pub exit: Exit,
+}
+
+impl Recording {
+    /// Reads the events and the truth.
+    ///
+    /// # Errors
+    /// If a line is not what it should be.
+    pub fn parse(self) -> Result<RunOutcome> {
+        Ok(RunOutcome {
+            events: events::parse_lines(&self.events).context("second serial port")?,
+            truth: events::parse_lines(&self.truth).context("ground truth")?,
+            serial: self.serial,
+            exit: self.exit,
+        })
+    }
+}
+
+/// Runs the machine to its end. `on_serial` gets what it writes to its first serial port as it comes.
+///
+/// # Errors
+/// If the machine cannot be made or started. However it ends by itself is an outcome, not an error.
+pub fn record(config: &MachineConfig, on_serial: &mut dyn FnMut(&[u8])) -> Result<Recording> {
+    config.check()?;
+    let directory = Directory::new()?;
+    let disk = directory.file(DISK);
+    fs::copy(&config.image, disk)
+        .with_context(|| format!("cannot copy {}", config.image.display()))?;
+    let mut command = match config.emulator {
+        Emulator::Bochs => bochs_command(config, &directory)?,
+        Emulator::Qemu(accelerator) => {
+            Qemu::ensure()?.machine(config, accelerator, DISK, [SERIAL, EVENTS])
+        }
+    };
+    command.current_dir(&directory.0);
+    let exit = match watch(command, config, &directory, on_serial)? {
+        Watched::Stopped(exit) => exit,
+        Watched::Ended(status) => exit_of(config.emulator, status, directory.text(OUTPUT)?),
+    };
+    if config.emulator == Emulator::Bochs && config.sld && !matches!(exit, Exit::Died { .. }) {
+        bochs::check_msrs(config.quirk, &directory.text(bochs::file::LOG)?)?;
+    }
+    Ok(Recording {
+        serial: directory.text(SERIAL)?,
+        events: directory.text(EVENTS)?,
+        truth: directory.text(TRUTH)?,
+        profile: directory.text(PROFILE)?,
+        exit,
+    })
+}
+
+/// Names of the files in the machine's directory.
+const DISK: &str = "disk.img";
+const SERIAL: &str = "serial.txt";
+const EVENTS: &str = "events.jsonl";
+const TRUTH: &str = "truth.jsonl";
+const PROFILE: &str = "profile.jsonl";
+const OUTPUT: &str = "output.txt";
+
+impl MachineConfig {
+    fn check(&self) -> Result<()> {
+        if self.cpus == 0 {
+            bail!("a machine needs at least one CPU");
+        }
+        if let SldScope::Core { threads } = self.scope
+            && (threads == 0 || !self.cpus.is_multiple_of(threads))
+        {
+            bail!("{} CPUs cannot be divided into cores of {threads} threads", self.cpus);
+        }
+        if self.emulator != Emulator::Bochs && (!self.sld || self.quirk.is_some()) {
+            bail!("only Bochs can make machines with and without split-lock detection");
+        }
+        if !self.sld && self.quirk.is_some() {
+            bail!("split-lock detection that is not there cannot be odd");
+        }
+        Ok(())
+    }
+}
+
+fn bochs_command(config: &MachineConfig, directory: &Directory) -> Result<Command> {
+    let shim = shim::build()?;
+    let bochs = Bochs::ensure()?;
+    bochs.configure(config, &directory.0, DISK, [SERIAL, EVENTS])?;
+    let mut command = bochs.command(Some(&shim));
+    command.args(["-q", "-f", bochs::file::CONFIG]).env("SLD_SHIM_TRUTH", TRUTH);
+    match config.scope {
+        SldScope::Thread => command.env("SLD_SHIM_SCOPE", "thread"),
+        SldScope::Core { threads } => command
+            .env("SLD_SHIM_SCOPE", "core")
+            .env("SLD_SHIM_THREADS_PER_CORE", threads.to_string()),
+    };
+    if config.profile {
+        command.env("SLD_SHIM_PROFILE", PROFILE);
+    }
+    Ok(command)
+}
+
+fn exit_of(emulator: Emulator, status: ExitStatus, output: String) -> Exit {
+    let powered_off = match emulator {
+        Emulator::Bochs => bochs::powered_off(&output),
+        Emulator::Qemu(_) => status.success(),
+    };
+    if powered_off { Exit::PoweredOff } else { Exit::Died { status: status.to_string(), output } }
+}
+
+/// A directory for one machine, removed when dropped.
+struct Directory(PathBuf);
+
+impl Directory {
+    fn new() -> Result<Self> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let path = crate::target_directory().join(format!("machines/{}-{number}", process::id()));
+        if path.exists() {
+            // Of a process that was killed and had the same number.
+            fs::remove_dir_all(&path)?;
+        }
+        fs::create_dir_all(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        Ok(Self(path))
+    }
+
+    fn file(&self, name: &str) -> PathBuf {
+        self.0.join(name)
+    }
+
+    /// A file's text, empty if the file was never made.
+    fn text(&self, name: &str) -> Result<String> {
+        match fs::read(self.file(name)) {
+            Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
+            Err(why) if why.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+            Err(why) => Err(why).with_context(|| format!("cannot read {name}")),
+        }
+    }
+}
+
+impl Drop for Directory {
+    fn drop(&mut self) {
+        // A leftover in the target directory does no harm.
+        let _ = fs::remove_dir_all(&self.0);
+    }
+}
+
+/// A running emulator, killed when dropped.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Fails if it has ended already, which is as good.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// The loader's last words, after which it halts for ever.
+const LOADER_STOPPED: &[u8] = b"boot: stopped\r\n";
+
+enum Watched {
+    Ended(ExitStatus),
+    Stopped(Exit),
+}
+
+/// Starts the emulator and watches its files until it ends or stops making progress.
+fn watch(
+    mut command: Command,
+    config: &MachineConfig,
+    directory: &Directory,
+    on_serial: &mut dyn FnMut(&[u8]),
+) -> Result<Watched> {
+    const INTERVAL: Duration = Duration::from_millis(10);
+
+    let output = File::create(directory.file(OUTPUT))?;
+    command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
+    die_with_parent(&mut command);
+    let shown = console::render(&command);
+    console::verbose(&format!("$ {shown}"));
+    let child = command.spawn().with_context(|| format!("cannot run {shown}"))?;
+    let mut running = Running(child);
+
+    let started = Instant::now();
+    let mut last_progress = started;
+    let mut serial = Tail::new(directory.file(SERIAL));
+    let mut others = [EVENTS, TRUTH].map(|name| Tail::new(directory.file(name)));
+    let mut log = Tail::new(directory.file(bochs::file::LOG));
+    let mut logged = String::new();
+    let mut last_line = Vec::new();
+    loop {
+        // Asked before the files are read, so that nothing written before the end is missed.
+        let ended = running.0.try_wait()?;
+        let written = serial.read_new()?;
+        on_serial(&written);
+        last_line.extend(&written);
+        if last_line.ends_with(LOADER_STOPPED) {
+            return Ok(Watched::Stopped(Exit::LoaderStopped));
+        }
+        let excess = last_line.len().saturating_sub(LOADER_STOPPED.len());
+        last_line.drain(..excess);
+        let mut progress = !written.is_empty();
+        for file in &mut others {
+            progress |= !file.read_new()?.is_empty();
+        }
+        if let Some(status) = ended {
+            return Ok(Watched::Ended(status));
+        }
+        logged.push_str(&String::from_utf8_lossy(&log.read_new()?));
+        if bochs::cpu_shut_down(&logged) {
+            return Ok(Watched::Stopped(Exit::CpuShutdown));
+        }
+        // Whole lines are judged; a line may come in two pieces.
+        logged.drain(..logged.rfind('\n').map_or(0, |end| end + 1));
+        let now = Instant::now();
+        if progress {
+            last_progress = now;
+        }
+        if now - last_progress > config.timeout || now - started > config.timeout * LIMIT {
+            let seconds = (now - started).as_secs();
+            return Ok(Watched::Stopped(Exit::TimedOut { seconds }));
+        }
+        thread::sleep(INTERVAL);
+    }
+}
+
+/// Lets the kernel kill the emulator if this process is killed and cannot do it.
+fn die_with_parent(command: &mut Command) {
+    // SAFETY: between fork and exec only an async-signal-safe system call is made.
+    unsafe {
+        command.pre_exec(|| {
+            if libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) == 0 {
+                Ok(())
+            } else {
+                Err(io::Error::last_os_error())
+            }
+        });
+    }
+}
+
+/// Reads a file while it grows.
+struct Tail {
+    path: PathBuf,
+    file: Option<File>,
+}
+
+impl Tail {
+    fn new(path: PathBuf) -> Self {
+        Self { path, file: None }
+    }
+
+    /// What was written since the last time; nothing while the file does not exist.
+    fn read_new(&mut self) -> Result<Vec<u8>> {
+        if self.file.is_none() {
+            match File::open(&self.path) {
+                Ok(file) => self.file = Some(file),
+                Err(why) if why.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+                Err(why) => {
+                    return Err(why)
+                        .with_context(|| format!("cannot read {}", self.path.display()));
+                }
+            }
+        }
+        let mut new = Vec::new();
+        if let Some(file) = &mut self.file {
+            file.read_to_end(&mut new)?;
+        }
+        Ok(new)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn watch_shell(script: &str, timeout: Duration) -> (Watched, String) {
+        let directory = Directory::new().unwrap();
+        let mut command = Command::new("sh");
+        command.args(["-c", script]).current_dir(&directory.0);
+        let config = MachineConfig { timeout, ..MachineConfig::default() };
+        let mut seen = Vec::new();
+        let watched =
+            watch(command, &config, &directory, &mut |bytes| seen.extend_from_slice(bytes))
+                .unwrap();
+        (watched, String::from_utf8(seen).unwrap())
+    }
+
+    #[test]
+    fn output_comes_through_to_the_last_byte() {
+        let script = format!("printf one > {SERIAL}; sleep 0.1; printf two >> {SERIAL}; exit 3");
+        let (watched, seen) = watch_shell(&script, Duration::from_secs(60));
+        let Watched::Ended(status) = watched else { panic!("stopped") };
+        assert_eq!((status.code(), seen.as_str()), (Some(3), "onetwo"));
+    }
+
+    #[test]
+    fn silence_ends_a_run_and_progress_on_any_file_prolongs_it() {
+        let timeout = Duration::from_millis(400);
+        let script =
+            format!("for n in 1 2 3 4 5; do sleep 0.2; echo x >> {EVENTS}; done; exec sleep 60");
+        let started = Instant::now();
+        let (watched, _) = watch_shell(&script, timeout);
+        assert!(matches!(watched, Watched::Stopped(Exit::TimedOut { .. })));
+        let took = started.elapsed();
+        assert!(took > Duration::from_millis(1300) && took < Duration::from_secs(30), "{took:?}");
+    }
+
+    #[test]
+    fn endless_talk_ends_a_run_too() {
+        let script = format!("while :; do echo x >> {SERIAL}; sleep 0.01; done");
+        let (watched, _) = watch_shell(&script, Duration::from_millis(100));
+        assert!(matches!(watched, Watched::Stopped(Exit::TimedOut { .. })));
+    }
+
+    #[test]
+    fn a_triple_fault_ends_a_run_at_once() {
+        let log = bochs::file::LOG;
+        let script = format!("echo '3rd (14) exception with no resolution' > {log}; exec sleep 60");
+        let (watched, _) = watch_shell(&script, Duration::from_secs(60));
+        assert!(matches!(watched, Watched::Stopped(Exit::CpuShutdown)));
+    }
+
+    #[test]
+    fn impossible_machines_are_refused() {
+        let config = MachineConfig { cpus: 0, ..MachineConfig::default() };
+        assert!(config.check().is_err());
+        let odd = MachineConfig {
+            cpus: 3,
+            scope: SldScope::Core { threads: 2 },
+            ..MachineConfig::default()
+        };
+        assert!(odd.check().unwrap_err().to_string().contains("3 CPUs"));
+        let quirk = Some(Quirk::StuckOn);
+        let absent = MachineConfig { sld: false, quirk, ..MachineConfig::default() };
+        assert!(absent.check().is_err());
+        let emulator = Emulator::Qemu(Accelerator::Tcg);
+        let qemu = MachineConfig { emulator, quirk, ..MachineConfig::default() };
+        assert!(qemu.check().is_err());
+    }
+}

@@ -1,0 +1,76 @@
+//! `cargo xtask`: builds, boots and tests the hypervisor.
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use clap::{Parser, Subcommand};
+use xtask::bench::BenchArgs;
+use xtask::run::{RunArgs, SetupArgs};
+use xtask::system::System;
+use xtask::{bench, console, doctor, run, suite};
+
+/// Builds, boots and tests the hypervisor.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
+struct Arguments {
+    /// Show versions and every command that is run.
+    #[arg(short, long, global = true)]
+    verbose: bool,
+    #[command(subcommand)]
+    task: Task,
+}
+
+#[derive(Subcommand)]
+enum Task {
+    /// Say what is there, what is missing and how to get it.
+    Doctor,
+    /// Build the loader, the hypervisor and the test guests.
+    Build,
+    /// Write a disk image that boots the hypervisor on a PC with a BIOS.
+    Image {
+        /// The image.
+        #[arg(long, value_name = "FILE")]
+        out: PathBuf,
+        #[command(flatten)]
+        setup: SetupArgs,
+    },
+    /// Boot the hypervisor in an emulator, run guests, show what was decided.
+    Run(RunArgs),
+    /// Measure what VM exits cost, in instructions on the reference machine.
+    Bench(BenchArgs),
+    /// Check and test everything.
+    Test {
+        /// Only the tests whose names contain this, and no formatting and lint checks.
+        #[arg(long, value_name = "TEXT")]
+        filter: Option<String>,
+    },
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    console::set_verbose(arguments.verbose);
+    match perform(arguments.task) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(why) => {
+            eprintln!("error: {why:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn perform(task: Task) -> Result<()> {
+    match task {
+        Task::Doctor => doctor::run(),
+        Task::Build => System::build().map(drop),
+        Task::Image { out, setup } => {
+            let setup = setup.setup()?;
+            System::build()?.disk(&setup, &out)?;
+            println!("{}", out.display());
+            Ok(())
+        }
+        Task::Run(arguments) => run::run(&arguments),
+        Task::Bench(arguments) => bench::run(&arguments),
+        Task::Test { filter } => suite::run(filter.as_deref()),
+    }
+}

@@ -1,0 +1,134 @@
+//! Compares what the hypervisor reported with what the machine did.
+
+use std::collections::BTreeMap;
+
+use crate::events::{Ac, Body, Event, Outcome, Truth};
+
+/// Checks that every split lock that faulted in a guest led to exactly one `ac` event, with the same
+/// RIP and CPL, in the same order on each CPU, and that no other `ac` event exists: nothing missed,
+/// nothing invented.
+///
+/// An `ac` event marked `legacy` may stand without a split lock: an ordinary alignment check is one
+/// too. Split locks outside guests are the hypervisor's own, of which there must be none.
+///
+/// # Errors
+/// Every disagreement, in words.
+pub fn check_truth(events: &[Event], truth: &[Truth]) -> Result<(), Vec<String>> {
+    let mut wrong: Vec<String> = truth
+        .iter()
+        .filter(|truth| !truth.vmx)
+        .map(|truth| format!("a split lock outside a guest: {}", describe(truth)))
+        .collect();
+
+    let mut per_cpu: BTreeMap<u32, (Vec<&Truth>, Vec<&Ac>)> = BTreeMap::new();
+    for truth in truth.iter().filter(|truth| truth.vmx && truth.outcome == Outcome::Faulted) {
+        per_cpu.entry(truth.cpu).or_default().0.push(truth);
+    }
+    for event in events {
+        if let Body::Ac(ac) = &event.body {
+            per_cpu.entry(event.cpu).or_default().1.push(ac);
+        }
+    }
+    for (cpu, (faults, acs)) in per_cpu {
+        compare(cpu, &faults, &acs, &mut wrong);
+    }
+    if wrong.is_empty() { Ok(()) } else { Err(wrong) }
+}
+
+/// One CPU's faults against its `ac` events, both in order.
+fn compare(cpu: u32, faults: &[&Truth], acs: &[&Ac], wrong: &mut Vec<String>) {
+    let mut faults = faults.iter().peekable();
+    for ac in acs {
+        let same = |truth: &&&Truth| truth.rip == ac.rip && truth.cpl == ac.cpl;
+        if faults.next_if(same).is_some() || ac.legacy {
+            continue;
+        }
+        let next = faults.peek().map_or("none".to_owned(), |truth| describe(truth));
+        wrong.push(format!(
+            "CPU {cpu}: reported but did not happen: #AC of {} at {} with CPL {} ({}); next split lock: {next}",
+            ac.vm, ac.rip, ac.cpl, ac.verdict
+        ));
+    }
+    wrong.extend(faults.map(|truth| format!("happened but was not reported: {}", describe(truth))));
+}
+
+fn describe(truth: &Truth) -> String {
+    let Truth { cpu, rip, cpl, outcome, .. } = truth;
+    format!("CPU {cpu}, RIP {rip}, CPL {cpl}, {outcome:?}").to_lowercase()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::events::Address;
+
+    fn ac(cpu: u32, rip: u64, cpl: u8, legacy: bool) -> Event {
+        Event {
+            seq: 0,
+            tsc: 0,
+            cpu,
+            body: Body::Ac(Ac {
+                vm: "vm".to_owned(),
+                vcpu: 0,
+                rip: Address(rip),
+                cpl,
+                am: legacy,
+                ac: legacy,
+                virtual_bit: false,
+                legacy,
+                verdict: "inject".to_owned(),
+            }),
+        }
+    }
+
+    fn fault(cpu: u32, rip: u64, cpl: u8) -> Truth {
+        Truth { cpu, rip: Address(rip), cpl, vmx: true, outcome: Outcome::Faulted }
+    }
+
+    #[test]
+    fn agreement() {
+        let events = [ac(0, 1, 0, false), ac(1, 7, 3, false), ac(0, 2, 3, false)];
+        let truth = [
+            fault(0, 1, 0),
+            Truth { outcome: Outcome::Taken, ..fault(0, 9, 0) },
+            fault(0, 2, 3),
+            fault(1, 7, 3),
+        ];
+        assert_eq!(check_truth(&events, &truth), Ok(()));
+        assert_eq!(check_truth(&[], &[]), Ok(()));
+    }
+
+    #[test]
+    fn a_split_lock_that_was_not_reported() {
+        let wrong = check_truth(&[ac(0, 1, 0, false)], &[fault(0, 1, 0), fault(0, 1, 0)]);
+        assert!(wrong.unwrap_err()[0].contains("not reported"));
+    }
+
+    #[test]
+    fn an_event_without_a_split_lock() {
+        let wrong = check_truth(&[ac(0, 1, 0, false)], &[]).unwrap_err();
+        assert!(wrong[0].contains("did not happen"), "{wrong:?}");
+    }
+
+    #[test]
+    fn another_place_another_level_another_cpu_another_order() {
+        assert!(check_truth(&[ac(0, 1, 0, false)], &[fault(0, 2, 0)]).is_err());
+        assert!(check_truth(&[ac(0, 1, 0, false)], &[fault(0, 1, 3)]).is_err());
+        assert!(check_truth(&[ac(0, 1, 0, false)], &[fault(1, 1, 0)]).is_err());
+        let swapped = [ac(0, 2, 0, false), ac(0, 1, 0, false)];
+        assert!(check_truth(&swapped, &[fault(0, 1, 0), fault(0, 2, 0)]).is_err());
+    }
+
+    #[test]
+    fn a_legacy_event_may_stand_alone() {
+        let events = [ac(0, 5, 3, true), ac(0, 1, 0, false), ac(0, 6, 3, true)];
+        assert_eq!(check_truth(&events, &[fault(0, 1, 0)]), Ok(()));
+        assert_eq!(check_truth(&events, &[fault(0, 1, 0), fault(0, 6, 3)]), Ok(()));
+    }
+
+    #[test]
+    fn a_split_lock_of_the_hypervisor() {
+        let outside = Truth { vmx: false, outcome: Outcome::Taken, ..fault(0, 1, 0) };
+        assert!(check_truth(&[], &[outside]).unwrap_err()[0].contains("outside a guest"));
+    }
+}
