@@ -1,0 +1,134 @@
+//! Boots the hypervisor and checks what every run of it must show.
+
+use std::collections::BTreeMap;
+use std::sync::OnceLock;
+
+use anyhow::{Error, Result, anyhow};
+use xtask::config::{Setup, SldMode};
+use xtask::events::{Ac, Body, Outcome};
+use xtask::guests::{End, Expected, Guest, Situation};
+use xtask::machine::{MachineConfig, RunOutcome};
+use xtask::report;
+use xtask::system::System;
+use xtask::truth;
+
+use crate::{Disk, check, check_eq, explain, run};
+
+/// Everything that runs on the bare machine; built by the first test that needs it.
+///
+/// # Errors
+/// If it cannot be built.
+pub fn system() -> Result<&'static System> {
+    static SYSTEM: OnceLock<Result<System, String>> = OnceLock::new();
+    let system = SYSTEM.get_or_init(|| System::build().map_err(|why| format!("{why:#}")));
+    system.as_ref().map_err(|why| anyhow!("{why}"))
+}
+
+/// Boots the hypervisor with this setup on this machine, and waits for the end.
+///
+/// # Errors
+/// If it cannot be booted.
+pub fn boot(setup: &Setup, config: MachineConfig) -> Result<RunOutcome> {
+    let disk = Disk::new()?;
+    system()?.disk(setup, disk.path())?;
+    run(&disk, config)
+}
+
+/// Boots the hypervisor with these test guests as VMs.
+///
+/// # Errors
+/// If it cannot be booted.
+pub fn boot_guests(sld: SldMode, guests: &[&Guest], config: MachineConfig) -> Result<RunOutcome> {
+    let names: Vec<String> = guests.iter().map(|guest| guest.name.to_owned()).collect();
+    boot(&Setup::of_guests(sld, &names, false)?, config)
+}
+
+/// The mode and the default machine that make a situation.
+pub fn make(situation: Situation) -> (SldMode, MachineConfig) {
+    let mode = match situation {
+        Situation::Off => SldMode::Off,
+        Situation::NoFeature | Situation::Warn => SldMode::Warn,
+        Situation::Fatal => SldMode::Fatal,
+    };
+    let sld = situation != Situation::NoFeature;
+    (mode, MachineConfig { sld, ..MachineConfig::default() })
+}
+
+/// Checks that the hypervisor came up and shut down in order, with events numbered without gaps, and that
+/// what it reported is what happened.
+///
+/// # Errors
+/// Whatever was wrong, and everything that the machine said.
+pub fn check_orderly(outcome: &RunOutcome) -> Result<()> {
+    report::judge(outcome).map_err(|why| explain(outcome, Error::msg(why)))?;
+    let numbered = outcome.events.iter().zip(0..).all(|(event, number)| event.seq == number);
+    check(outcome, numbered, "the events are not numbered without gaps")?;
+    let last = outcome.events.last().map(|event| &event.body);
+    check(outcome, matches!(last, Some(Body::Shutdown { .. })), "shutdown is not the last event")?;
+    truth::check_truth(&outcome.events, &outcome.truth)
+        .map_err(|wrong| explain(outcome, anyhow!("ground truth: {}", wrong.join("\n"))))
+}
+
+/// Checks that the VM of a test guest ended as it must, with the verdicts that it must get.
+///
+/// # Errors
+/// As [`check_orderly`].
+pub fn check_guest(outcome: &RunOutcome, guest: &Guest, situation: Situation) -> Result<()> {
+    let Expected { end, inject, warn, kill, .. } = guest.expected(situation);
+    let name = guest.name;
+    let ends = outcome.events.iter().filter_map(|event| match &event.body {
+        Body::VmEnd { vm, reason, status, .. } if vm == name => Some((reason.as_str(), *status)),
+        _ => None,
+    });
+    let expected = (end.reason(), end.status().map(u32::from));
+    check_eq(outcome, &format!("ends of {name}"), ends.collect::<Vec<_>>(), vec![expected])?;
+
+    let mut found: BTreeMap<&str, u32> = BTreeMap::new();
+    for event in &outcome.events {
+        if let Body::Ac(Ac { vm, verdict, .. }) = &event.body
+            && vm == name
+        {
+            *found.entry(verdict).or_default() += 1;
+        }
+    }
+    let expected = [("inject", inject), ("warn", warn), ("kill", kill)];
+    let expected: BTreeMap<&str, u32> =
+        expected.into_iter().filter(|(_, count)| *count > 0).collect();
+    check_eq(outcome, &format!("verdicts on {name}"), found, expected)?;
+
+    let counted = outcome.events.iter().find_map(|event| match &event.body {
+        Body::VmEnd { vm, counters, .. } if vm == name => Some(&counters.split_locks),
+        _ => None,
+    });
+    let counted = counted.map(|counted| {
+        ["inject", "warn", "kill"].map(|verdict| counted.get(verdict).copied().unwrap_or_default())
+    });
+    let expected = Some([inject, warn, kill].map(u64::from));
+    check_eq(outcome, &format!("counters of {name}"), counted, expected)
+}
+
+/// Checks that as many split locks faulted and were taken in guests as these guests make together.
+///
+/// # Errors
+/// As [`check_orderly`].
+pub fn check_split_locks(
+    outcome: &RunOutcome,
+    guests: &[&Guest],
+    situation: Situation,
+) -> Result<()> {
+    let count = |wanted| {
+        let wanted = outcome.truth.iter().filter(|truth| truth.vmx && truth.outcome == wanted);
+        wanted.count()
+    };
+    let sum = |part: fn(&Expected) -> u32| {
+        guests.iter().map(|guest| part(&guest.expected(situation)) as usize).sum::<usize>()
+    };
+    let found = [count(Outcome::Faulted), count(Outcome::Taken)];
+    let expected = [sum(|guest| guest.faulted), sum(|guest| guest.taken)];
+    check_eq(outcome, "split locks that faulted and that took the bus", found, expected)
+}
+
+/// Whether a guest's VM lives to its own end in this situation.
+pub fn survives(guest: &Guest, situation: Situation) -> bool {
+    matches!(guest.expected(situation).end, End::Exit(_))
+}

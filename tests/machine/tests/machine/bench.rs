@@ -1,0 +1,37 @@
+//! The yardstick of `cargo xtask bench`: what a guest measures by RDTSC is what the machine counts.
+
+use anyhow::{Context, Result, ensure};
+use libtest_mimic::Trial;
+use machine_tests::trial;
+use xtask::bench::measure;
+use xtask::system::System;
+
+pub fn trials() -> Vec<Trial> {
+    vec![trial("bench::guest_and_machine_count_the_same", counts)]
+}
+
+/// Rows, and the instructions of theirs that the guest executes itself: the one that exits, and the
+/// three of its handler where that raises an exception.
+const ROWS: [(&str, u64); 9] = [
+    ("exception", 3),
+    ("cpuid", 1),
+    ("rdmsr", 1),
+    ("wrmsr_0x33_same", 1),
+    ("rdmsr_gp", 4),
+    ("uart_data", 1),
+    ("in_nobody", 1),
+    ("ac_legacy", 4),
+    ("ac_split_lock", 4),
+];
+
+fn counts() -> Result<()> {
+    let measured = measure(&System::build()?)?;
+    for (name, in_guest) in ROWS {
+        let row = measured.iter().find(|row| row.name() == name).context(name)?;
+        let expected = row.in_hypervisor() + in_guest;
+        ensure!(row.median() == Some(expected), "{name}: {:?}, not {expected}", row.median());
+    }
+    let switch = measured.iter().find(|row| row.name() == "vcpu_switch").context("no switch")?;
+    ensure!(switch.median().is_some(), "no vCPU was switched");
+    Ok(())
+}

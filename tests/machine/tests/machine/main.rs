@@ -1,0 +1,30 @@
+//! All whole-machine tests.
+
+use std::process::ExitCode;
+
+use libtest_mimic::Arguments;
+
+mod bench;
+mod guests;
+mod machines;
+mod operations;
+mod refusals;
+mod sharing;
+mod shim;
+mod verdicts;
+mod vms;
+
+fn main() -> ExitCode {
+    let arguments = Arguments::from_args();
+    let parts = [
+        shim::trials(),
+        machines::trials(),
+        refusals::trials(),
+        guests::trials(),
+        verdicts::trials(),
+        sharing::trials(),
+        bench::trials(),
+    ];
+    let trials = parts.into_iter().flatten().collect();
+    libtest_mimic::run(&arguments, trials).exit_code()
+}

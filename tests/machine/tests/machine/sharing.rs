@@ -1,0 +1,302 @@
+//! VMs that share a CPU and are switched hundreds of times, each of which wants something else of
+//! split-lock detection: the real bit is written exactly when the operations say, and every guest
+//! gets what it asked for.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, anyhow, ensure};
+use libtest_mimic::Trial;
+use machine_tests::trial;
+use xtask::config::{SldMode, Vm};
+use xtask::events::{Ac, Body, Event, Outcome};
+use xtask::guests::{self, SUCCESS};
+use xtask::machine::{MachineConfig, RunOutcome};
+use xtask::truth::check_truth;
+
+use crate::operations;
+use crate::vms::{Vms, on};
+
+pub fn trials() -> Vec<Trial> {
+    use Role::{Declines, Strict, Toggles, Unaware, Wants};
+    let pairs = [[Wants, Declines], [Wants, Unaware], [Declines, Unaware]];
+    let mut machines: Vec<(SldMode, Vec<Role>)> = Vec::new();
+    for mode in [SldMode::Warn, SldMode::Fatal] {
+        machines.extend(pairs.map(|pair| (mode, pair.to_vec())));
+        machines.push((mode, vec![Wants, Declines, Unaware, Toggles, Strict]));
+    }
+    let name = |mode: SldMode, roles: &[Role]| {
+        let names: Vec<&str> = roles.iter().map(|role| role.name()).collect();
+        format!("sharing::{mode:?}_{}", names.join("_")).to_lowercase()
+    };
+    machines
+        .into_iter()
+        .map(|(mode, roles)| trial(name(mode, &roles), move || share(mode, &roles)))
+        .collect()
+}
+
+/// What the guest `sld-shared` is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Role {
+    /// Turns detection on and expects its #AC.
+    Wants,
+    /// Knows of detection and leaves it off.
+    Declines,
+    /// Knows nothing.
+    Unaware,
+    /// Turns detection on and off all the time.
+    Toggles,
+    /// As `Declines`, but its own policy is `fatal`.
+    Strict,
+}
+
+/// Split locks of a guest.
+const COUNT: usize = 300;
+/// Split locks of a guest that splits one with detection on and one with it off in turn, each.
+const TOGGLES: usize = 100;
+/// Rounds without a split lock before the first, of a guest that the first ends.
+const CALM: usize = 250;
+/// So short that every guest is interrupted more than [`SWITCHES`] times.
+const SLICE_TICKS: u64 = 6_000;
+const SWITCHES: u64 = 100;
+
+/// What comes of a VM.
+#[derive(Clone, Copy)]
+struct Expected {
+    /// Ended by its own exit, or for a split lock.
+    succeeds: bool,
+    /// `ac` events, all with this verdict.
+    verdict: &'static str,
+    acs: usize,
+    /// Split locks that fault and that are taken, by the ground truth.
+    faulted: usize,
+    taken: usize,
+    /// Writes of 0x33 that are stored only and that reach the real bit.
+    writes: [usize; 2],
+}
+
+impl Role {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Wants => "wants",
+            Self::Declines => "declines",
+            Self::Unaware => "unaware",
+            Self::Toggles => "toggles",
+            Self::Strict => "strict",
+        }
+    }
+
+    fn vm(self, mode: SldMode) -> Vm {
+        let killed = mode == SldMode::Fatal || self == Self::Strict;
+        let calm = if killed { CALM } else { 0 };
+        let cmdline = match self {
+            Self::Wants => format!("wants count={COUNT}"),
+            Self::Declines | Self::Strict => format!("declines count={COUNT} calm={calm}"),
+            Self::Unaware => format!("count={COUNT} calm={calm}"),
+            Self::Toggles if killed => format!("toggles held count={TOGGLES}"),
+            Self::Toggles => format!("toggles count={TOGGLES}"),
+        };
+        Vm {
+            name: self.name().to_owned(),
+            memory_mib: 4,
+            expose_sld: self != Self::Unaware,
+            policy: (self == Self::Strict).then_some(SldMode::Fatal),
+            cmdline,
+            ..Vm::of_guest(guest())
+        }
+    }
+
+    fn expected(self, mode: SldMode) -> Expected {
+        let warn = mode == SldMode::Warn;
+        let killed = Expected {
+            succeeds: false,
+            verdict: "kill",
+            acs: 1,
+            faulted: 1,
+            taken: 0,
+            writes: [0, 0],
+        };
+        let injected = |count, taken, writes| Expected {
+            succeeds: true,
+            verdict: "inject",
+            acs: count,
+            faulted: count,
+            taken,
+            writes,
+        };
+        match self {
+            Self::Wants => injected(COUNT, 0, if warn { [0, 1] } else { [1, 0] }),
+            Self::Toggles if warn => injected(TOGGLES, TOGGLES, [0, 2 * TOGGLES]),
+            Self::Toggles => injected(TOGGLES, 0, [2 * TOGGLES, 0]),
+            Self::Declines if warn => injected(0, COUNT, [0, 0]),
+            Self::Unaware if warn => {
+                Expected { verdict: "warn", acs: 1, faulted: 1, ..injected(0, COUNT, [0, 0]) }
+            }
+            Self::Strict | Self::Declines | Self::Unaware => killed,
+        }
+    }
+}
+
+fn guest() -> &'static guests::Guest {
+    guests::find("sld-shared").expect("it is registered")
+}
+
+fn share(mode: SldMode, roles: &[Role]) -> Result<()> {
+    let vms = Vms {
+        guest: guest(),
+        sld: mode,
+        slice_ticks: SLICE_TICKS,
+        vms: roles.iter().map(|role| role.vm(mode)).collect(),
+    };
+    let outcome = vms.run(MachineConfig::default())?;
+    judge(mode, roles, &outcome).map_err(|why| on(&format!("{mode:?} {roles:?}"), &outcome, why))
+}
+
+fn judge(mode: SldMode, roles: &[Role], outcome: &RunOutcome) -> Result<()> {
+    check_truth(&outcome.events, &outcome.truth).map_err(|wrong| anyhow!(wrong.join("\n")))?;
+    let summary = operations::replay(&outcome.events).map_err(|why| anyhow!(why))?;
+    operations_are_checked(&outcome.events)?;
+    if mode == SldMode::Fatal {
+        let reasons: Vec<&str> = summary.writes.keys().map(String::as_str).collect();
+        ensure!(reasons == ["boot", "offline"], "writes under fatal: {:?}", summary.writes);
+    }
+
+    // All guests are one binary at one address: where a split lock stands tells whose it is.
+    let mut of_rip: BTreeMap<u64, [usize; 2]> = BTreeMap::new();
+    let mut interrupted = Vec::new();
+    for role in roles {
+        let expected = role.expected(mode);
+        let acs = acs_of(&outcome.events, role.name());
+        ensure!(acs.len() == expected.acs, "{role:?}: {} #AC", acs.len());
+        let other = acs.iter().find(|ac| ac.verdict != expected.verdict);
+        ensure!(other.is_none(), "{role:?}: {other:?}");
+
+        let writes = ["stored", "propagated"]
+            .map(|result| test_ctrl_writes(&outcome.events, role.name(), result));
+        ensure!(writes == expected.writes, "{role:?}: writes of MSR 0x33: {writes:?}");
+
+        let (reason, status, timer_exits) = end_of(&outcome.events, role.name())?;
+        let end = if expected.succeeds {
+            ("exit", Some(u32::from(SUCCESS)))
+        } else {
+            ("split lock", None)
+        };
+        ensure!((reason, status) == end, "{role:?} ended: {reason}, {status:?}");
+        interrupted.push(timer_exits);
+
+        let [first, second] = match split_locks_of(&outcome.serial, role.name()) {
+            Some(places) => places?,
+            // Ended before it could say.
+            None => [acs.first().context("no #AC")?.rip.0, 0],
+        };
+        let ac = acs.iter().find(|ac| ac.rip.0 != first);
+        ensure!(ac.is_none(), "{role:?}: #AC elsewhere than at {first:#x}: {ac:?}");
+        let counts = of_rip.entry(first).or_default();
+        counts[0] += expected.faulted;
+        if second == 0 {
+            counts[1] += expected.taken;
+        } else {
+            of_rip.entry(second).or_default()[1] += expected.taken;
+        }
+    }
+
+    let mut truth: BTreeMap<u64, [usize; 2]> = BTreeMap::new();
+    for split_lock in &outcome.truth {
+        let taken = usize::from(split_lock.outcome == Outcome::Taken);
+        truth.entry(split_lock.rip.0).or_default()[taken] += 1;
+    }
+    ensure!(truth == of_rip, "by RIP, faulted and taken: {truth:x?}\nexpected: {of_rip:x?}");
+
+    // The first VM that ended had the others beside it all the time.
+    let least = interrupted.iter().min().context("no VMs")?;
+    ensure!(*least > SWITCHES, "interrupted only {least} times");
+    println!(
+        "{mode:?} {roles:?}: interrupted {interrupted:?} times, real bit written {:?}",
+        summary.writes
+    );
+    Ok(())
+}
+
+/// The replay must notice every write that is missing, doubled, reversed or given another reason.
+fn operations_are_checked(events: &[Event]) -> Result<()> {
+    /// Writes that are tried, spread over the run.
+    const TRIED: usize = 50;
+    let is_write = |event: &Event| matches!(event.body, Body::RealBit { .. });
+    let writes: Vec<usize> = (0..events.len()).filter(|&index| is_write(&events[index])).collect();
+    for &index in writes.iter().step_by(writes.len().div_ceil(TRIED)).chain(writes.last()) {
+        let with = |change: &dyn Fn(&mut bool, &mut String)| {
+            let mut events = events.to_vec();
+            if let Body::RealBit { on, why, .. } = &mut events[index].body {
+                change(on, why);
+            }
+            events
+        };
+        let mut missing = events.to_vec();
+        missing.remove(index);
+        let mut doubled = events.to_vec();
+        doubled.insert(index, events[index].clone());
+        let reversed = with(&|on, _| *on = !*on);
+        let misnamed = with(&|_, why| {
+            let other = match why.as_str() {
+                "load" => "put",
+                "put" => "task-switch",
+                _ => "load",
+            };
+            *why = other.to_owned();
+        });
+        let changed = [
+            ("missing", missing),
+            ("doubled", doubled),
+            ("reversed", reversed),
+            ("misnamed", misnamed),
+        ];
+        for (what, changed) in changed {
+            let event = &events[index];
+            ensure!(operations::replay(&changed).is_err(), "{what}, and unnoticed: {event:?}");
+        }
+    }
+    Ok(())
+}
+
+fn acs_of<'a>(events: &'a [Event], name: &str) -> Vec<&'a Ac> {
+    let ac = |event: &'a Event| match &event.body {
+        Body::Ac(ac) if ac.vm == name => Some(ac),
+        _ => None,
+    };
+    events.iter().filter_map(ac).collect()
+}
+
+fn test_ctrl_writes(events: &[Event], name: &str, wanted: &str) -> usize {
+    let is_it = |event: &&Event| match &event.body {
+        Body::TestCtrlWrite { vm, result, .. } => vm == name && result == wanted,
+        _ => false,
+    };
+    events.iter().filter(is_it).count()
+}
+
+/// Reason, status, and how often the timer interrupted the VM.
+fn end_of<'a>(events: &'a [Event], name: &str) -> Result<(&'a str, Option<u32>, u64)> {
+    let end = |event: &'a Event| match &event.body {
+        Body::VmEnd { vm, reason, status, counters } if vm == name => {
+            let timer = counters.exits.get("preemption-timer").copied().unwrap_or(0);
+            Some((reason.as_str(), *status, timer))
+        }
+        _ => None,
+    };
+    events.iter().find_map(end).with_context(|| format!("{name} has no end"))
+}
+
+/// The addresses that the guest prints at its end.
+fn split_locks_of(serial: &str, name: &str) -> Option<Result<[u64; 2]>> {
+    let prefix = format!("[{name}] split locks at ");
+    let line = serial.lines().find_map(|line| line.strip_prefix(&prefix))?;
+    Some(parse(line).with_context(|| format!("{name}: {line}")))
+}
+
+fn parse(line: &str) -> Result<[u64; 2]> {
+    let (first, second) = line.trim().split_once(' ').context("not two addresses")?;
+    let number = |text: &str| {
+        let digits = text.strip_prefix("0x").context("no 0x")?;
+        Ok::<u64, anyhow::Error>(u64::from_str_radix(digits, 16)?)
+    };
+    Ok([number(first)?, number(second)?])
+}

@@ -1,0 +1,421 @@
+//! The verdict table, `sld/tests/verdicts.csv`, row by row on the machine: guests split a lock in the
+//! situation of each row, and the verdict must be the row's.
+//!
+//! A row can be visited where something raises #AC. Legacy alignment checking does on every machine;
+//! split-lock detection does where the real bit is on. For rows about a hypervisor that keeps it
+//! off, or knows of none, it takes machines on which it is on all the same:
+//!
+//! | row, not legacy | machine |
+//! |---|---|
+//! | host without SLD | [`Quirk::Undeclared`]: the bit is on, and nothing says that it exists |
+//! | mode `off` | [`Quirk::StuckOn`]: the bit cannot be switched off |
+//!
+//! [`Row::reachable`] says which rows no machine can visit.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fmt::{self, Write};
+use std::fs;
+
+use anyhow::{Context, Result, anyhow, bail, ensure};
+use libtest_mimic::Trial;
+use machine_tests::{check_eq, trial};
+use xtask::bare::root;
+use xtask::config::{SldMode, Vm};
+use xtask::events::{Body, Outcome};
+use xtask::guests::{self, SUCCESS};
+use xtask::machine::{MachineConfig, Quirk, RunOutcome};
+use xtask::truth::check_truth;
+
+use crate::operations;
+use crate::vms::{Vms, on};
+
+pub fn trials() -> Vec<Trial> {
+    vec![trial("verdicts::every_row_that_can_be_reached", every_row)]
+}
+
+/// The inputs of a verdict.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Row {
+    host_sld: bool,
+    mode: &'static str,
+    exposed: bool,
+    virtual_bit: bool,
+    cpl: u8,
+    am: bool,
+    ac: bool,
+}
+
+impl Row {
+    fn legacy(&self) -> bool {
+        self.cpl == 3 && self.am && self.ac
+    }
+
+    /// Whether anything can raise #AC. Nothing does under `warn` while a guest runs that knows of
+    /// detection and has it off: to load its vCPU switches the real bit off. (The row is for a core
+    /// where another thread keeps the bit on; the hypervisor runs guests on one thread of a core.)
+    fn reachable(&self) -> bool {
+        let loaded_with_bit_off =
+            self.host_sld && self.mode == "warn" && self.exposed && !self.virtual_bit;
+        self.legacy() || !loaded_with_bit_off
+    }
+}
+
+/// Verdicts, as events name them.
+type Table = BTreeMap<Row, String>;
+
+const MODES: [(SldMode, &str); 3] =
+    [(SldMode::Off, "off"), (SldMode::Warn, "warn"), (SldMode::Fatal, "fatal")];
+
+fn table() -> Result<Table> {
+    let file = root().join("sld/tests/verdicts.csv");
+    let text = fs::read_to_string(&file).with_context(|| format!("{}", file.display()))?;
+    let mut lines = text.lines();
+    let header = "host_sld,mode,exposed,virtual_bit,cpl,cr0_am,eflags_ac,verdict";
+    ensure!(lines.next() == Some(header), "the columns are not {header}");
+    lines.map(|line| parse(line).with_context(|| format!("row {line}"))).collect()
+}
+
+fn parse(line: &str) -> Result<(Row, String)> {
+    let fields: Vec<&str> = line.split(',').collect();
+    let [host_sld, mode, exposed, virtual_bit, cpl, am, ac, verdict] = fields[..] else {
+        bail!("{} columns", fields.len());
+    };
+    let flag = |field: &str| match field {
+        "0" => Ok(false),
+        "1" => Ok(true),
+        _ => Err(anyhow!("{field:?} is neither 0 nor 1")),
+    };
+    let mode = MODES.iter().find(|known| known.1 == mode).context("unknown mode")?.1;
+    let row = Row {
+        host_sld: flag(host_sld)?,
+        mode,
+        exposed: flag(exposed)?,
+        virtual_bit: flag(virtual_bit)?,
+        cpl: cpl.parse()?,
+        am: flag(am)?,
+        ac: flag(ac)?,
+    };
+    Ok((row, verdict.to_owned()))
+}
+
+/// A split lock of the guest `verdict-rows`.
+#[derive(Clone, Copy)]
+struct Attempt {
+    /// The guest's word for where.
+    from: &'static str,
+    cpl: u8,
+    am: bool,
+    ac: bool,
+}
+
+/// All of them, in the guest's order.
+fn attempts() -> impl Iterator<Item = Attempt> {
+    let from = [("cpl0", 0), ("cpl1", 1), ("cpl2", 2), ("cpl3", 3), ("real", 0), ("vm86", 3)];
+    let flags = [(false, false), (false, true), (true, false), (true, true)];
+    let all = move |(from, cpl)| flags.map(|(am, ac)| Attempt { from, cpl, am, ac });
+    from.into_iter().flat_map(all)
+}
+
+/// Split locks of an attempt where they happen: three with different operands.
+const HAPPENS: usize = 3;
+
+/// The 16-bit code stands below this address, the 64-bit code above.
+const SIXTEEN_BIT_END: u64 = 0x1_0000;
+
+/// A VM with that guest.
+#[derive(Clone, Copy)]
+struct Splitter {
+    expose: bool,
+    /// The guest turns detection on.
+    bit: bool,
+    policy: Option<SldMode>,
+    /// `None`: all of them.
+    attempt: Option<Attempt>,
+}
+
+/// A machine.
+struct Case {
+    about: &'static str,
+    /// It has split-lock detection.
+    sld: bool,
+    quirk: Option<Quirk>,
+    mode: SldMode,
+    vms: Vec<Splitter>,
+}
+
+fn cases() -> Vec<Case> {
+    let all = |expose, bit| Splitter { expose, bit, policy: None, attempt: None };
+    let each =
+        |expose| attempts().map(move |one| Splitter { attempt: Some(one), ..all(expose, false) });
+    let case = |about, mode, vms| Case { about, sld: true, quirk: None, mode, vms };
+
+    // A VM for each attempt where the first split lock ends it, or is the last that is seen.
+    let fatal: Vec<Splitter> = each(false).chain(each(true)).chain([all(true, true)]).collect();
+    let policy = Some(SldMode::Fatal);
+    let fatal_by_policy = fatal.iter().map(|vm| Splitter { policy, ..*vm }).collect();
+    let warn = each(false).chain([all(true, false), all(true, true)]).collect();
+    let mut cases = vec![
+        case("off", SldMode::Off, vec![all(false, false), all(true, false)]),
+        case("warn", SldMode::Warn, warn),
+        case("fatal", SldMode::Fatal, fatal),
+        case("warn, VMs fatal", SldMode::Warn, fatal_by_policy),
+        Case {
+            quirk: Some(Quirk::StuckOn),
+            ..case("off, bit stuck on", SldMode::Off, each(false).collect())
+        },
+    ];
+    for (mode, _) in MODES {
+        let vms = vec![all(false, false), all(true, false)];
+        cases.push(Case { sld: false, ..case("no SLD", mode, vms.clone()) });
+        let quirk = Some(Quirk::Undeclared);
+        cases.push(Case { quirk, ..case("no SLD declared, bit on", mode, vms) });
+    }
+    cases
+}
+
+/// What the events must say of an #AC, in their order: VM, 16-bit code, virtual bit, CPL, AM, AC,
+/// verdict.
+type Seen = (String, bool, bool, u8, bool, bool, String);
+
+/// What must come of a case.
+#[derive(Default)]
+struct Expected {
+    acs: Vec<Seen>,
+    /// VM, reason, status.
+    ends: Vec<(String, String, Option<u32>)>,
+    /// 16-bit code, CPL, outcome.
+    truth: Vec<(bool, u8, Outcome)>,
+}
+
+impl Case {
+    /// Whether the hypervisor is to believe that there is detection.
+    fn host_sld(&self) -> bool {
+        self.sld && self.quirk != Some(Quirk::Undeclared)
+    }
+
+    fn exposed(&self, vm: &Splitter) -> bool {
+        vm.expose && self.host_sld() && self.mode != SldMode::Off
+    }
+
+    fn row(&self, vm: &Splitter, attempt: &Attempt) -> Row {
+        let policy = vm.policy.unwrap_or(self.mode);
+        let mode = MODES.iter().find(|known| known.0 == policy).expect("all modes are known").1;
+        let &Attempt { cpl, am, ac, .. } = attempt;
+        let (exposed, virtual_bit) = (self.exposed(vm), vm.bit);
+        Row { host_sld: self.host_sld(), mode, exposed, virtual_bit, cpl, am, ac }
+    }
+
+    /// Whether the real bit is on when a VM starts to run.
+    fn real_bit(&self, row: &Row) -> bool {
+        let by_hypervisor = match row.mode {
+            "off" => false,
+            "warn" => !row.exposed || row.virtual_bit,
+            _ => true,
+        };
+        self.quirk.is_some() || self.sld && by_hypervisor
+    }
+
+    fn expected(&self, table: &Table) -> Result<Expected> {
+        let mut expected = Expected::default();
+        for (name, vm) in self.named() {
+            let mut end = (name.clone(), "exit".to_owned(), Some(u32::from(SUCCESS)));
+            for attempt in attempts_of(vm) {
+                let row = self.row(vm, &attempt);
+                let Attempt { from, cpl, am, ac } = attempt;
+                let sixteen_bit = matches!(from, "real" | "vm86");
+                let mut split_locks = |outcome, count| {
+                    expected.truth.extend(vec![(sixteen_bit, cpl, outcome); count]);
+                };
+                if !row.legacy() && !self.real_bit(&row) {
+                    split_locks(Outcome::Taken, HAPPENS);
+                    continue;
+                }
+                let verdict = table.get(&row).with_context(|| format!("no row for {row:?}"))?;
+                // An alignment check comes before the access.
+                split_locks(Outcome::Faulted, usize::from(!row.legacy()));
+                match verdict.as_str() {
+                    "inject" => {}
+                    "warn" => split_locks(Outcome::Taken, HAPPENS),
+                    "kill" => end = (name.clone(), "split lock".to_owned(), None),
+                    "kill-bogus" => end = (name.clone(), "bogus #AC".to_owned(), None),
+                    other => bail!("{row:?}: unknown verdict {other:?}"),
+                }
+                let verdict = verdict.clone();
+                expected.acs.push((name.clone(), sixteen_bit, vm.bit, cpl, am, ac, verdict));
+            }
+            expected.ends.push(end);
+        }
+        Ok(expected)
+    }
+
+    fn named(&self) -> impl Iterator<Item = (String, &Splitter)> {
+        self.vms.iter().enumerate().map(|(index, vm)| (format!("vm{index}"), vm))
+    }
+
+    fn configured(&self) -> Vec<Vm> {
+        let configure = |(name, vm): (String, &Splitter)| {
+            let mut words = Vec::new();
+            if let Some(Attempt { from, am, ac, .. }) = vm.attempt {
+                words.push(format!("{from} am={} ac={}", u8::from(am), u8::from(ac)));
+            }
+            if vm.bit {
+                words.push("bit=1".to_owned());
+            }
+            if self.quirk == Some(Quirk::Undeclared) {
+                words.push("faults".to_owned());
+            }
+            Vm {
+                name,
+                memory_mib: 4,
+                expose_sld: vm.expose,
+                policy: vm.policy,
+                cmdline: words.join(" "),
+                ..Vm::of_guest(guest())
+            }
+        };
+        self.named().map(configure).collect()
+    }
+
+    fn run(&self) -> Result<RunOutcome> {
+        // So long a slice that each VM ends in its first: the order is known.
+        let vms =
+            Vms { guest: guest(), sld: self.mode, slice_ticks: 1 << 40, vms: self.configured() };
+        vms.run(MachineConfig {
+            sld: self.sld,
+            quirk: self.quirk,
+            memory_mib: 512,
+            ..MachineConfig::default()
+        })
+    }
+
+    /// Runs it, compares all there is to compare, and returns the rows that were visited.
+    fn visit(&self, table: &Table) -> Result<Vec<Row>> {
+        let outcome = self.run()?;
+        self.judge(table, &outcome)
+            .map_err(|why| on(&format!("{}, {:?}", self.about, self.mode), &outcome, why))
+    }
+
+    fn judge(&self, table: &Table, outcome: &RunOutcome) -> Result<Vec<Row>> {
+        let expected = self.expected(table)?;
+        let sixteen_bit = |rip: u64| rip < SIXTEEN_BIT_END;
+
+        let mut policies = BTreeMap::new();
+        let (mut acs, mut ends, mut rows) = (Vec::new(), Vec::new(), Vec::new());
+        let mut real_bit_writes = 0;
+        for event in &outcome.events {
+            match &event.body {
+                Body::VmStart { vm, policy, exposed, .. } => {
+                    policies.insert(vm.clone(), (policy.clone(), *exposed));
+                }
+                Body::Ac(ac) => {
+                    let (policy, exposed) = &policies[&ac.vm];
+                    let mode = MODES.iter().find(|known| known.1 == policy);
+                    let row = Row {
+                        host_sld: self.host_sld(),
+                        mode: mode.context("unknown policy")?.1,
+                        exposed: *exposed,
+                        virtual_bit: ac.virtual_bit,
+                        cpl: ac.cpl,
+                        am: ac.am,
+                        ac: ac.ac,
+                    };
+                    ensure!(table.get(&row) == Some(&ac.verdict), "not by the table: {ac:?}");
+                    ensure!(ac.legacy == row.legacy(), "not legacy, or is: {ac:?}");
+                    rows.push(row);
+                    acs.push((
+                        ac.vm.clone(),
+                        sixteen_bit(ac.rip.0),
+                        ac.virtual_bit,
+                        ac.cpl,
+                        ac.am,
+                        ac.ac,
+                        ac.verdict.clone(),
+                    ));
+                }
+                Body::VmEnd { vm, reason, status, .. } => {
+                    ends.push((vm.clone(), reason.clone(), *status));
+                }
+                Body::RealBit { .. } => real_bit_writes += 1,
+                _ => {}
+            }
+        }
+        let truth: Vec<_> = outcome
+            .truth
+            .iter()
+            .map(|truth| (sixteen_bit(truth.rip.0), truth.cpl, truth.outcome))
+            .collect();
+        ensure!(ends == expected.ends, "ends: {ends:?}\nexpected: {:?}", expected.ends);
+        ensure!(acs == expected.acs, "#AC: {acs:?}\nexpected: {:?}", expected.acs);
+        ensure!(truth == expected.truth, "split locks: {truth:?}\nexpected: {:?}", expected.truth);
+        check_truth(&outcome.events, &outcome.truth).map_err(|wrong| anyhow!(wrong.join("\n")))?;
+        if self.sld && self.quirk.is_none() {
+            operations::replay(&outcome.events).map_err(|why| anyhow!(why))?;
+        } else {
+            check_eq(outcome, "writes of a bit that is not the hypervisor's", real_bit_writes, 0)?;
+        }
+        Ok(rows)
+    }
+}
+
+fn guest() -> &'static guests::Guest {
+    guests::find("verdict-rows").expect("it is registered")
+}
+
+fn attempts_of(vm: &Splitter) -> Vec<Attempt> {
+    vm.attempt.map_or_else(|| attempts().collect(), |attempt| vec![attempt])
+}
+
+fn every_row() -> Result<()> {
+    let table = table()?;
+    ensure!(table.len() == 160, "{} rows", table.len());
+    let mut visits: BTreeMap<Row, usize> = BTreeMap::new();
+    for case in cases() {
+        for row in case.visit(&table)? {
+            *visits.entry(row).or_default() += 1;
+        }
+    }
+    let visited: BTreeSet<Row> = visits.keys().copied().collect();
+    let (reachable, unreachable): (BTreeSet<Row>, BTreeSet<Row>) =
+        table.keys().partition(|row| row.reachable());
+    println!("{}", list(&table, &visits, &unreachable)?);
+    let missed: Vec<_> = reachable.difference(&visited).collect();
+    ensure!(missed.is_empty(), "not visited: {missed:#?}");
+    let impossible: Vec<_> = visited.difference(&reachable).collect();
+    ensure!(impossible.is_empty(), "visited, but cannot be: {impossible:#?}");
+    Ok(())
+}
+
+/// The rows as a person can read them: those that differ only in CPL, AM and AC in a line.
+fn list(
+    table: &Table,
+    visits: &BTreeMap<Row, usize>,
+    never: &BTreeSet<Row>,
+) -> Result<String, fmt::Error> {
+    let mut lines: BTreeMap<[String; 5], Vec<String>> = BTreeMap::new();
+    for (row, verdict) in table {
+        let bit = |flag: bool| u8::from(flag).to_string();
+        let verdict = if never.contains(row) { "(not reachable)" } else { verdict };
+        let group =
+            [bit(row.host_sld), row.mode.to_owned(), bit(row.exposed), bit(row.virtual_bit)];
+        let [host_sld, mode, exposed, virtual_bit] = group;
+        let entry = lines.entry([host_sld, mode, exposed, virtual_bit, verdict.to_owned()]);
+        let visits = visits.get(row).copied().unwrap_or(0);
+        let inputs = format!("{}{}{}", row.cpl, u8::from(row.am), u8::from(row.ac));
+        entry.or_default().push(match visits {
+            0 | 1 => inputs,
+            _ => format!("{inputs}x{visits}"),
+        });
+    }
+    let mut text = format!(
+        "verdict table: {} rows, {} visited, {} cannot be\n\
+         SLD mode  exposed bit verdict          CPL AM AC, and how often if not once\n",
+        table.len(),
+        visits.len(),
+        never.len()
+    );
+    for ([host_sld, mode, exposed, bit, verdict], rows) in lines {
+        let rows = rows.join(" ");
+        writeln!(text, "{host_sld:3} {mode:5} {exposed:7} {bit:3} {verdict:16} {rows}")?;
+    }
+    Ok(text)
+}
