@@ -1,5 +1,6 @@
 //! `hv.toml`: what the hypervisor is to do, as the operator wrote it.
 
+use alloc::collections::BTreeMap;
 use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
@@ -7,6 +8,8 @@ use core::fmt;
 
 use serde::Deserialize;
 use sld::SldMode;
+use vmx::fields::GuestField;
+use vmx::vcpu::MAX_OVERRIDES;
 
 /// The most VMs that one run has.
 pub const MAX_VMS: usize = 64;
@@ -49,6 +52,9 @@ pub struct VmConfig {
     /// The VM is ended once it has run for this many ticks of the TSC; never if absent.
     #[serde(default)]
     pub limit_ticks: Option<u64>,
+    /// Fields of the VMCS's guest-state area, by name, that are to have other values at the start.
+    #[serde(default)]
+    pub vmcs: BTreeMap<String, i64>,
     /// The command line that the guest finds.
     #[serde(default)]
     pub cmdline: String,
@@ -135,7 +141,25 @@ impl VmConfig {
                 MEMORY_MIB.end(),
             ));
         }
-        Ok(())
+        if self.vmcs.len() > MAX_OVERRIDES {
+            return Err(format!("VM `{name}`: at most {MAX_OVERRIDES} fields in vmcs"));
+        }
+        match self.vmcs.keys().find(|field| GuestField::named(field).is_none()) {
+            Some(field) => Err(format!(
+                "VM `{name}`: vmcs: `{field}` is no field of the guest-state area; use names such \
+                 as GUEST_RFLAGS"
+            )),
+            None => Ok(()),
+        }
+    }
+
+    /// [`Self::vmcs`] with the names resolved.
+    pub fn overrides(&self) -> [Option<(GuestField, u64)>; MAX_OVERRIDES] {
+        let mut fields = self
+            .vmcs
+            .iter()
+            .filter_map(|(name, value)| Some((GuestField::named(name)?, value.cast_unsigned())));
+        core::array::from_fn(|_| fields.next())
     }
 }
 
@@ -166,6 +190,14 @@ mod tests {
     }
 
     #[test]
+    fn fields_are_overridden_by_name() {
+        let text = format!("sld = \"warn\"\n{VM}vmcs = {{ GUEST_RFLAGS = -1 }}\n");
+        let config = Config::parse(text.as_bytes()).unwrap();
+        let rflags = GuestField::named("GUEST_RFLAGS").unwrap();
+        assert_eq!(config.vms[0].overrides()[..2], [Some((rflags, u64::MAX)), None]);
+    }
+
+    #[test]
     fn defaults() {
         let config = Config::parse(format!("sld = \"warn\"\n{VM}").as_bytes()).unwrap();
         assert!(!config.vms[0].expose_sld && config.vms[0].policy.is_none());
@@ -183,6 +215,8 @@ mod tests {
         assert!(error(&format!("sld = \"warn\"\n{odd}")).contains("even number"));
         let name = VM.replace("\"a\"", "\"a b\"");
         assert!(error(&format!("sld = \"warn\"\n{name}")).contains("VM name"));
+        let host = format!("sld = \"warn\"\n{VM}vmcs = {{ HOST_RIP = 1 }}\n");
+        assert!(error(&host).contains("no field of the guest-state area"));
         assert!(Config::parse(b"\xff").unwrap_err().to_string().contains("UTF-8"));
     }
 }

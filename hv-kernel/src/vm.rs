@@ -266,6 +266,7 @@ impl Factory<'_> {
                 cpuid: CpuidTable::new(&CpuIdReaderNative, offer),
                 sld: sld::Vcpu::new(policy),
                 rip: entry.rip,
+                overrides: config.overrides(),
             })
         });
         vcpu.set_register(register::RBX, u64::from(entry.start_info));

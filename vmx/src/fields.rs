@@ -122,12 +122,33 @@ pub trait VmcsWrite {
     fn write<W: Width>(&mut self, field: Field<W, ReadWrite>, value: W::Value);
 }
 
+/// A field of the guest-state area whose width is known at run time only.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct GuestField(u32);
+
+impl GuestField {
+    /// The field with this name, if it is one of the guest-state area: bits 11:10 of the encoding
+    /// are 2.
+    pub fn named(name: &str) -> Option<Self> {
+        let guest = ALL.iter().filter(|(_, encoding)| (encoding >> 10) & 3 == 2);
+        guest.into_iter().find(|row| row.0 == name).map(|row| Self(row.1))
+    }
+
+    /// The encoding.
+    pub const fn encoding(self) -> u32 {
+        self.0
+    }
+}
+
 macro_rules! fields {
     ($($name:ident: $width:ty, $access:ty = $encoding:literal;)*) => {
         $(
             #[doc = concat!("Encoding `", stringify!($encoding), "`.")]
             pub const $name: Field<$width, $access> = Field::new($encoding, stringify!($name));
         )*
+
+        /// All of them: name and encoding.
+        const ALL: &[(&str, u32)] = &[$((stringify!($name), $encoding)),*];
     };
 }
 
@@ -290,3 +311,16 @@ pub const GUEST_SEGMENTS: [SegmentFields; 8] = [
     segment(GUEST_LDTR_SELECTOR, GUEST_LDTR_BASE, GUEST_LDTR_LIMIT, GUEST_LDTR_ACCESS_RIGHTS),
     segment(GUEST_TR_SELECTOR, GUEST_TR_BASE, GUEST_TR_LIMIT, GUEST_TR_ACCESS_RIGHTS),
 ];
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_guest_state_is_found_by_name() {
+        assert_eq!(GuestField::named("GUEST_RIP"), Some(GuestField(0x681e)));
+        for name in ["HOST_RIP", "EXIT_REASON", "MSR_BITMAPS", "EPT_POINTER", "CR0_MASK", ""] {
+            assert_eq!(GuestField::named(name), None, "{name}");
+        }
+    }
+}

@@ -8,7 +8,8 @@ use core::fmt;
 
 use crate::addr::HostPhysAddr;
 use crate::fields::{
-    Access, Field, INSTRUCTION_ERROR, ReadOnly, ReadWrite, VmcsRead, VmcsWrite, W32, Width,
+    Access, Field, GuestField, INSTRUCTION_ERROR, ReadOnly, ReadWrite, VmcsRead, VmcsWrite, W32,
+    Width,
 };
 
 /// Why a VMX instruction failed.
@@ -253,6 +254,22 @@ impl CurrentVmcs {
                  options(nomem, nostack));
         }
         W::from_register(value)
+    }
+
+    /// Writes a field of the guest-state area.
+    ///
+    /// # Errors
+    ///
+    /// VMfail, when this CPU does not have the field.
+    pub fn write_guest(&mut self, field: GuestField, value: u64) -> Result<(), VmFail> {
+        let (invalid, valid): (u8, u8);
+        // SAFETY: there is a current VMCS (type invariant), and the field is the guest's.
+        unsafe {
+            asm!("vmwrite {}, {}", "setc {}", "setz {}", in(reg) u64::from(field.encoding()),
+                 in(reg) value, out(reg_byte) invalid, out(reg_byte) valid,
+                 options(nomem, nostack));
+        }
+        outcome(invalid, valid)
     }
 
     /// Writes a field; on failure as [`Self::read`].

@@ -160,7 +160,18 @@ pub struct Vcpu {
     switched: Switched,
     /// The host state that the VMCS holds; another CPU's differs.
     host: Option<HostState>,
-    start: Option<(Pointers, u32)>,
+    start: Option<Start>,
+}
+
+/// How many guest-state fields can be overridden.
+pub const MAX_OVERRIDES: usize = 8;
+
+/// What the VMCS is filled with at the first load.
+#[derive(Debug)]
+struct Start {
+    pointers: Pointers,
+    rip: u32,
+    overrides: [Option<(GuestField, u64)>; MAX_OVERRIDES],
 }
 
 /// What a vCPU is made of.
@@ -178,6 +189,8 @@ pub struct VcpuConfig {
     pub sld: sld::Vcpu,
     /// Where the guest starts, in flat 32-bit protected mode.
     pub rip: u32,
+    /// Guest-state fields that are to have other values at the start: to try what VM entry says.
+    pub overrides: [Option<(GuestField, u64)>; MAX_OVERRIDES],
 }
 
 impl Vcpu {
@@ -200,7 +213,11 @@ impl Vcpu {
             region: config.region,
             switched: Switched::reset(),
             host: None,
-            start: Some((config.pointers, config.rip)),
+            start: Some(Start {
+                pointers: config.pointers,
+                rip: config.rip,
+                overrides: config.overrides,
+            }),
         }
     }
 
@@ -230,8 +247,11 @@ impl Vcpu {
             vmptrld(self.region)?;
             CurrentVmcs::assume()
         };
-        if let Some((pointers, rip)) = self.start.take() {
+        if let Some(Start { pointers, rip, overrides }) = self.start.take() {
             setup::initialize(&mut vmcs, &self.caps, &pointers, &self.cr4, rip);
+            for (field, value) in overrides.into_iter().flatten() {
+                vmcs.write_guest(field, value)?;
+            }
         }
         if self.host.as_ref() != Some(host) {
             write_host_state(&mut vmcs, host);
