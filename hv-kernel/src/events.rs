@@ -139,7 +139,7 @@ impl Record {
                 json.flag("virtual_bit", report.virtual_bit)?;
                 json.flag("legacy", report.context.legacy())?;
                 json.text("verdict", report.verdict)?;
-                json.text("bytes", Hex(&report.bytes[..usize::from(report.bytes_len)]))
+                json.text("bytes", Hex(report.instruction.as_slice()))
             }
             Event::TestCtrlWrite { value, result } => {
                 json.address("value", value)?;
@@ -241,6 +241,7 @@ mod tests {
     use super::*;
     use sld::{AcContext, Verdict, Why};
     use std::string::String;
+    use vmx::run::InstructionBytes;
 
     fn written(vm: Option<&'static str>, event: Event) -> String {
         let mut text = String::new();
@@ -260,8 +261,7 @@ mod tests {
             context,
             virtual_bit: false,
             verdict: Verdict::Kill,
-            bytes,
-            bytes_len: 2,
+            instruction: InstructionBytes::new(bytes, 2),
         };
         assert_eq!(
             written(Some("a"), Event::Ac(report)),

@@ -3,6 +3,7 @@
 //! A vCPU is loaded when its task is scheduled in and put when it is scheduled out, not at every
 //! entry. With nobody else waiting, it stays where it is.
 
+use alloc::boxed::Box;
 use alloc::collections::VecDeque;
 use core::fmt;
 
@@ -116,7 +117,7 @@ impl Cpu {
     /// Runs all VMs to their ends.
     pub fn run(&mut self, vms: impl Iterator<Item = Vm>, slice_ticks: u64) -> Totals {
         let idle = Task::new(0);
-        let mut queue: VecDeque<Vm> = vms.collect();
+        let mut queue: VecDeque<Box<Vm>> = vms.map(Box::new).collect();
         let mut totals = Totals::default();
         while let Some(mut vm) = queue.pop_front() {
             match self.turn(&mut vm, slice_ticks, queue.is_empty()) {
@@ -169,7 +170,7 @@ impl Cpu {
         }
     }
 
-    fn end(&mut self, mut vm: Vm, reason: Reason, totals: &mut Totals) {
+    fn end(&mut self, mut vm: Box<Vm>, reason: Reason, totals: &mut Totals) {
         vm.guest.devices.flush();
         let Guest { name, split_locks, real_bit_writes, .. } = vm.guest;
         match reason {

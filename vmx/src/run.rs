@@ -75,10 +75,37 @@ pub struct AcReport {
     pub virtual_bit: bool,
     /// What is done.
     pub verdict: Verdict,
-    /// The bytes at RIP, as far as they can be read.
-    pub bytes: [u8; 15],
-    /// How many of `bytes` are valid.
-    pub bytes_len: u8,
+    /// The instruction at RIP.
+    pub instruction: InstructionBytes,
+}
+
+/// The bytes of an instruction, as far as they can be read: an instruction has 15 at most.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct InstructionBytes {
+    bytes: [u8; 15],
+    len: u8,
+}
+
+impl InstructionBytes {
+    /// `len` of the bytes are valid, 15 if it is more.
+    pub const fn new(bytes: [u8; 15], len: u8) -> Self {
+        Self { bytes, len }
+    }
+
+    /// The valid ones.
+    pub fn as_slice(&self) -> &[u8] {
+        &self.bytes[..usize::from(self.len).min(15)]
+    }
+}
+
+/// Where an #AC came from last: a guest that splits locks does it in few places, and walking its
+/// page tables each time would cost as much as everything else.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct AcPlace {
+    rip: u64,
+    cs_base: u64,
+    cr3: u64,
+    instruction: InstructionBytes,
 }
 
 /// Why [`Loaded::run`] returned.
@@ -410,27 +437,23 @@ impl Loaded<'_> {
 
     /// #AC: see the verdict table in [`sld::Vcpu::on_ac`].
     fn alignment_check(&mut self, host: &mut impl Host, info: InterruptionInfo) -> Handled {
+        let cr0 = self.vmcs.read(GUEST_CR0);
         let context = AcContext {
             // DPL of SS: 3 in virtual-8086 mode, 0 in real mode.
             cpl: (self.vmcs.read(GUEST_SS_ACCESS_RIGHTS) >> 5 & 3) as u8,
-            cr0_am: self.vmcs.read(GUEST_CR0) & CR0_AM != 0,
+            cr0_am: cr0 & CR0_AM != 0,
             eflags_ac: self.vmcs.read(GUEST_RFLAGS) & RFLAGS_AC != 0,
         };
         let (pinned, task) = host.sld();
         let verdict = self.vcpu.sld.on_ac(pinned, task, context).map_err(End::from)?;
-        let (bytes, bytes_len) = self.instruction_bytes(host.memory());
-        host.on_ac(&AcReport {
-            rip: self.vmcs.read(GUEST_RIP),
-            context,
-            virtual_bit: self.vcpu.sld.virtual_bit(),
-            verdict,
-            bytes,
-            bytes_len,
-        });
+        let rip = self.vmcs.read(GUEST_RIP);
+        let instruction = self.instruction_at(host.memory(), rip);
+        let virtual_bit = self.vcpu.sld.virtual_bit();
+        host.on_ac(&AcReport { rip, context, virtual_bit, verdict, instruction });
         match verdict {
             Verdict::Inject => {
                 self.keep_interrupted(info.nmi_unblocked_by_iret());
-                let error = (self.vmcs.read(GUEST_CR0) & CR0_PE != 0).then_some(0);
+                let error = (cr0 & CR0_PE != 0).then_some(0);
                 self.inject(EventKind::HardwareException, vector::AC, error, 0);
             }
             Verdict::Warn { real_bit, .. } => {
@@ -739,23 +762,30 @@ impl Loaded<'_> {
 
     // ---- Instruction bytes ---------------------------------------------------------------------
 
-    /// The bytes at CS:RIP, up to 15, as far as they can be read.
-    fn instruction_bytes(&self, memory: &impl GuestRead) -> ([u8; 15], u8) {
-        let mut bytes = [0; 15];
-        let rip = self.vmcs.read(GUEST_RIP);
-        let long = self.in_64_bit_mode();
-        let linear =
-            if long { rip } else { self.vmcs.read(GUEST_CS_BASE).wrapping_add(rip) & 0xffff_ffff };
-        // As a rule 16 bytes lie in one page, and two words are quickly read.
-        if linear & 0xfff <= 0xff0
-            && let Some(gpa) = self.translate(memory, linear)
-            && let Some(low) = memory.read_u64(gpa)
-            && let Some(high) = memory.read_u64(GuestPhysAddr::new_truncate(gpa.as_u64() + 8))
+    /// The instruction at CS:RIP. Asked for the same place again, the answer is what stood there
+    /// the first time, even if the guest has changed it since.
+    fn instruction_at(&mut self, memory: &impl GuestRead, rip: u64) -> InstructionBytes {
+        let cs_base = self.vmcs.read(GUEST_CS_BASE);
+        let cr3 = self.vmcs.read(GUEST_CR3);
+        if let Some(last) = &self.vcpu.ac_place
+            && (last.rip, last.cs_base, last.cr3) == (rip, cs_base, cr3)
         {
-            let words = u128::from(high) << 64 | u128::from(low);
-            bytes.copy_from_slice(&words.to_le_bytes()[..15]);
-            return (bytes, 15);
+            return last.instruction;
         }
+        let instruction = self.read_instruction(memory, rip, cs_base);
+        self.vcpu.ac_place = Some(AcPlace { rip, cs_base, cr3, instruction });
+        instruction
+    }
+
+    fn read_instruction(
+        &self,
+        memory: &impl GuestRead,
+        rip: u64,
+        cs_base: u64,
+    ) -> InstructionBytes {
+        let long = self.in_64_bit_mode();
+        let linear = if long { rip } else { cs_base.wrapping_add(rip) & 0xffff_ffff };
+        let mut bytes = [0; 15];
         let mut done = 0;
         while done < bytes.len() {
             let at = linear.wrapping_add(done as u64);
@@ -767,7 +797,7 @@ impl Loaded<'_> {
             }
             done = end;
         }
-        (bytes, done as u8)
+        InstructionBytes { bytes, len: done as u8 }
     }
 
     /// Where a linear address lies.

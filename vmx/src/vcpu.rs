@@ -12,6 +12,7 @@ use crate::exit::BasicReason;
 use crate::fields::*;
 use crate::instruction::{CurrentVmcs, VmFail, vmclear, vmptrld};
 use crate::msr_policy::msr;
+use crate::run::AcPlace;
 use crate::setup::{self, Cr4, Pointers};
 use crate::world::{GuestState, vmx_exit_entry};
 use crate::xstate::{self, XArea};
@@ -151,6 +152,8 @@ pub struct Vcpu {
     pub(crate) cr4: Cr4,
     /// An external interrupt that waits for the guest to be able to take it.
     pub(crate) pending_interrupt: Option<u8>,
+    /// Where its last #AC came from.
+    pub(crate) ac_place: Option<AcPlace>,
     /// An NMI that waits likewise.
     pub(crate) pending_nmi: bool,
     /// How often each thing happened.
@@ -208,6 +211,7 @@ impl Vcpu {
             cpuid: config.cpuid,
             pending_interrupt: None,
             pending_nmi: false,
+            ac_place: None,
             counters: Counters { exits: [0; Counters::REASONS] },
             caps: config.caps,
             region: config.region,

@@ -1,7 +1,7 @@
 //! Split-lock detection for Bochs, as a preloaded library, and the ground truth of every split lock.
 //!
 //! Bochs implements VMX but no split-lock detection. This library adds it from outside: its
-//! initializer patches two of Bochs' (empty) instrumentation stubs, and every read-modify-write
+//! initializer patches some of Bochs' (empty) instrumentation stubs, and every read-modify-write
 //! that Bochs reports is judged. A locked one that crosses a cache line is a *split lock*. If bit 29
 //! of MSR 0x33 (TEST_CTRL) is set on that CPU, `#AC(0)` is raised instead of the access, as SDM
 //! "Volume 3, Bus Locking" describes; otherwise the access happens. Either way one line of JSON
