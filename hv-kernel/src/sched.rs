@@ -65,6 +65,23 @@ pub struct Cpu {
     pub warnings_left: u32,
 }
 
+/// A VM that waits for its turn.
+struct Waiting {
+    vm: Box<Vm>,
+    /// Not before this time, in the TSC.
+    until: u64,
+}
+
+/// How a turn came to its end.
+enum Turn {
+    /// The slice is used up.
+    Over,
+    /// The guest waits for its timer until this time, in the TSC.
+    Halted(u64),
+    /// The VM is over.
+    Ended(Reason),
+}
+
 /// Why a VM is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Reason {
@@ -106,10 +123,11 @@ pub struct Totals {
 
 impl Cpu {
     /// Records what an operation of `sld` did to the real bit.
+    #[inline]
     pub fn note(&mut self, vm: Option<&'static str>, written: Written) {
         match written {
-            Ok(Some(real_bit)) => self.events.push(vm, Event::RealBit(real_bit)),
             Ok(None) => {}
+            Ok(Some(real_bit)) => self.events.push(vm, Event::RealBit(real_bit)),
             Err(fault) => log::error!("CPU {}: MSR 0x33: {fault}", self.index),
         }
     }
@@ -117,12 +135,29 @@ impl Cpu {
     /// Runs all VMs to their ends.
     pub fn run(&mut self, vms: impl Iterator<Item = Vm>, slice_ticks: u64) -> Totals {
         let idle = Task::new(0);
-        let mut queue: VecDeque<Box<Vm>> = vms.map(Box::new).collect();
+        let mut queue: VecDeque<_> = vms.map(|vm| Waiting { vm: Box::new(vm), until: 0 }).collect();
         let mut totals = Totals::default();
-        while let Some(mut vm) = queue.pop_front() {
+        loop {
+            let time = now();
+            // As a rule the first one is ready.
+            if queue.front().is_some_and(|first| first.until > time) {
+                match queue.iter().position(|waiting| waiting.until <= time) {
+                    Some(index) => queue.rotate_left(index),
+                    None => {
+                        // All are halted: their timers will wake them; the idle task runs.
+                        let switched = sld::task_switch(&mut self.sld, &idle);
+                        self.note(None, switched);
+                        self.events.drain();
+                        core::hint::spin_loop();
+                        continue;
+                    }
+                }
+            }
+            let Some(Waiting { mut vm, .. }) = queue.pop_front() else { break };
             match self.turn(&mut vm, slice_ticks, queue.is_empty()) {
-                None => queue.push_back(vm),
-                Some(reason) => {
+                Turn::Over => queue.push_back(Waiting { vm, until: 0 }),
+                Turn::Halted(until) => queue.push_back(Waiting { vm, until }),
+                Turn::Ended(reason) => {
                     let switched = sld::task_switch(&mut self.sld, &idle);
                     self.note(None, switched);
                     self.end(vm, reason, &mut totals);
@@ -133,7 +168,7 @@ impl Cpu {
     }
 
     /// One turn of a VM: a slice, or as many as it likes if it is alone.
-    fn turn(&mut self, vm: &mut Vm, slice_ticks: u64, alone: bool) -> Option<Reason> {
+    fn turn(&mut self, vm: &mut Vm, slice_ticks: u64, alone: bool) -> Turn {
         let name = vm.guest.name;
         let switched = sld::task_switch(&mut self.sld, &vm.guest.task);
         self.note(Some(name), switched);
@@ -141,7 +176,7 @@ impl Cpu {
         // returns, and `host` describes this CPU.
         let mut loaded = match unsafe { vm.vcpu.load(&self.host) } {
             Ok(loaded) => loaded,
-            Err(fail) => return Some(Reason::End(End::EntryFailed(fail))),
+            Err(fail) => return Turn::Ended(Reason::End(End::EntryFailed(fail))),
         };
         let loads = loaded.load_sld(&mut self.sld, &mut vm.guest.task);
         let mut running = Running { cpu: self, guest: &mut vm.guest };
@@ -162,11 +197,13 @@ impl Cpu {
         loaded.put();
         Running { cpu, guest }.note(puts);
         match stop {
-            Stop::Slice if vm.guest.ticks_left == 0 => Some(Reason::TimeLimit),
-            Stop::Slice => None,
-            // No device interrupts a guest, so nothing can wake it.
-            Stop::Halt => Some(Reason::Halt),
-            Stop::End(end) => Some(Reason::End(end)),
+            Stop::Slice | Stop::Halt(Some(_)) if vm.guest.ticks_left == 0 => {
+                Turn::Ended(Reason::TimeLimit)
+            }
+            Stop::Slice => Turn::Over,
+            Stop::Halt(Some(until)) => Turn::Halted(until),
+            Stop::Halt(None) => Turn::Ended(Reason::Halt),
+            Stop::End(end) => Turn::Ended(Reason::End(end)),
         }
     }
 
@@ -282,6 +319,7 @@ impl Host for Running<'_> {
         }
     }
 
+    #[inline(always)]
     fn on_test_ctrl_write(&mut self, value: u64, result: MsrWrite) {
         self.cpu.events.push(Some(self.guest.name), Event::TestCtrlWrite { value, result });
     }

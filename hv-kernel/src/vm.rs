@@ -249,6 +249,7 @@ impl Factory<'_> {
             sld_exposed: policy.exposed(),
             rdtscp: self.caps.has_secondary(Secondary::ENABLE_RDTSCP),
             invpcid: self.caps.has_secondary(Secondary::ENABLE_INVPCID),
+            apic_id: 0,
         };
         let pointers = Pointers {
             io_bitmap: self.bitmaps.io.as_u64(),
@@ -265,6 +266,7 @@ impl Factory<'_> {
                 pointers,
                 cpuid: CpuidTable::new(&CpuIdReaderNative, offer),
                 sld: sld::Vcpu::new(policy),
+                apic_id: 0,
                 rip: entry.rip,
                 overrides: config.overrides(),
             })

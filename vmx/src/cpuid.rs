@@ -5,7 +5,7 @@
 
 use raw_cpuid::{CpuIdReader, CpuIdResult};
 
-use crate::xstate::{self, XState};
+use crate::xstate::{self, Component, XState};
 
 /// The hypervisor's signature in leaf 0x40000000: EBX, ECX, EDX.
 pub const SIGNATURE: [u8; 12] = *b"UnsplitHV\0\0\0";
@@ -110,14 +110,26 @@ pub struct Offer {
     pub rdtscp: bool,
     /// VMX can enable INVPCID.
     pub invpcid: bool,
+    /// The vCPU's local APIC ID.
+    pub apic_id: u32,
 }
 
 /// Leaf 1, ECX: CR4.OSXSAVE is set.
 pub const OSXSAVE: u32 = 1 << 27;
+/// Leaf 1: the local APIC that each vCPU has, whatever the CPU has. EDX: APIC; ECX: x2APIC, TSC
+/// deadline.
+const APIC_EDX: u32 = 1 << 9;
+/// As [`APIC_EDX`].
+const APIC_ECX: u32 = 1 << 21 | 1 << 24;
 /// Leaf 1, ECX: a hypervisor is present.
 const HYPERVISOR: u32 = 1 << 31;
+/// Leaf 0xd, subleaf 1, EAX: XSAVEC.
+const XSAVEC: u32 = 1 << 1;
 /// Leaf 7, EDX: IA32_CORE_CAPABILITIES exists.
 const CORE_CAPABILITIES: u32 = 1 << 30;
+
+/// Basic leaves whose answer depends on the subleaf, and 1 and 0xd are the caller's besides.
+const SUBLEAVED: [u32; 3] = [4, 7, 0xb];
 
 /// The answers for one VM.
 #[derive(Debug, Clone)]
@@ -128,6 +140,8 @@ pub struct CpuidTable {
     extended: [CpuIdResult; (MAX_EXTENDED & 0xff) as usize + 1],
     hypervisor: CpuIdResult,
     xstate: XState,
+    /// Leaf 0xb: each vCPU is a package of one core with one thread.
+    topology: [CpuIdResult; 3],
 }
 
 impl CpuidTable {
@@ -139,6 +153,7 @@ impl CpuidTable {
             extended: [ZERO; (MAX_EXTENDED & 0xff) as usize + 1],
             hypervisor: ZERO,
             xstate: XState::read(cpu),
+            topology: [ZERO; 3],
         };
         let vendor = cpu.cpuid2(0, 0);
         let extended = cpu.cpuid2(0x8000_0000, 0);
@@ -173,7 +188,16 @@ impl CpuidTable {
                 *row = CpuIdResult { eax: raw.eax & 0x3fff, ..raw };
             }
         }
-        table.basic[1].ecx |= HYPERVISOR;
+        table.basic[1].ecx |= HYPERVISOR | APIC_ECX;
+        table.basic[1].edx |= APIC_EDX;
+        // Initial APIC ID, 31:24. One logical processor, 23:16, means nothing without HTT.
+        table.basic[1].ebx |= offer.apic_id << 24;
+        for (subleaf, row) in (0..).zip(&mut table.topology) {
+            // Level types: 1 is SMT, 2 is core, 0 ends the list. No bits of the ID are shifted out.
+            let (count, kind) = if subleaf < 2 { (1, subleaf + 1) } else { (0, 0) };
+            let ecx = kind << 8 | subleaf;
+            *row = CpuIdResult { eax: 0, ebx: count, ecx, edx: offer.apic_id };
+        }
         let xmask = table.xstate.mask;
         for (there, dependents) in [
             (xmask != 0, NEED_XSAVE),
@@ -216,6 +240,7 @@ impl CpuidTable {
     }
 
     /// Leaf 0xd for a guest with this XCR0.
+    #[inline(never)]
     pub fn extended_state(&self, subleaf: u32, xcr0: u64) -> CpuIdResult {
         let XState { mask, components, instructions } = self.xstate;
         match subleaf {
@@ -226,11 +251,12 @@ impl CpuidTable {
                 ecx: self.xstate.area_bytes(mask),
                 edx: (mask >> 32) as u32,
             },
-            // Compacted format: as large as the standard one at most.
-            1 => CpuIdResult { eax: instructions, ebx: self.xstate.area_bytes(xcr0), ..ZERO },
+            // The size is told where there is XSAVEC.
+            1 if instructions & XSAVEC == 0 => CpuIdResult { eax: instructions, ..ZERO },
+            1 => CpuIdResult { eax: instructions, ebx: self.xstate.compacted_bytes(xcr0), ..ZERO },
             2..8 if mask & 1 << subleaf != 0 => {
-                let component = components[subleaf as usize - 2];
-                CpuIdResult { eax: component.size, ebx: component.offset, ..ZERO }
+                let Component { offset, size, aligned } = components[subleaf as usize - 2];
+                CpuIdResult { eax: size, ebx: offset, ecx: u32::from(aligned) << 1, edx: 0 }
             }
             _ => ZERO,
         }
@@ -240,15 +266,38 @@ impl CpuidTable {
     /// the highest basic one does, as Intel's CPUs do. [`OSXSAVE`] and leaf 0xd
     /// ([`Self::extended_state`]) depend on the guest's state, and are the caller's.
     #[inline]
-    pub fn answer(&self, leaf: u32, subleaf: u32) -> CpuIdResult {
+    pub fn answer(&self, leaf: u32, subleaf: u32) -> &CpuIdResult {
+        if leaf <= self.basic[0].eax && !SUBLEAVED.contains(&leaf) {
+            &self.basic[leaf as usize % self.basic.len()]
+        } else {
+            self.other_answer(leaf, subleaf)
+        }
+    }
+
+    /// What is asked for less often.
+    #[inline(never)]
+    fn other_answer(&self, leaf: u32, subleaf: u32) -> &CpuIdResult {
         match leaf {
-            4 => self.cache.get(subleaf as usize).copied().unwrap_or(ZERO),
-            7 if subleaf != 0 => ZERO,
-            0..=MAX_BASIC => self.basic[leaf as usize],
-            0x8000_0000..=MAX_EXTENDED => self.extended[(leaf & 0xff) as usize],
-            0x4000_0000 => self.hypervisor,
-            0x4000_0001..=0x4fff_ffff => ZERO,
-            _ => self.answer(self.basic[0].eax.min(MAX_BASIC), subleaf),
+            4 => self.cache.get(subleaf as usize).unwrap_or(&ZERO),
+            7 if subleaf == 0 && self.basic[0].eax >= 7 => &self.basic[7],
+            7 if self.basic[0].eax >= 7 => &ZERO,
+            0xb if self.basic[0].eax >= 0xb => &self.topology[(subleaf as usize).min(2)],
+            0x8000_0000..=MAX_EXTENDED if leaf <= self.extended[0].eax => {
+                &self.extended[(leaf & 0xff) as usize]
+            }
+            0x4000_0000 => &self.hypervisor,
+            0x4000_0001..=0x4fff_ffff => &ZERO,
+            // A leaf with subleaves that the CPU does not have, or one above the highest.
+            _ => self.highest_answer(subleaf),
+        }
+    }
+
+    fn highest_answer(&self, subleaf: u32) -> &CpuIdResult {
+        match self.basic[0].eax {
+            4 => self.cache.get(subleaf as usize).unwrap_or(&ZERO),
+            7 if subleaf != 0 => &ZERO,
+            0xb => &self.topology[(subleaf as usize).min(2)],
+            highest => &self.basic[highest as usize % self.basic.len()],
         }
     }
 
@@ -275,6 +324,8 @@ impl CpuidTable {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use std::{collections::BTreeMap, vec::Vec};
 
     /// A CPU that claims every bit of every leaf.
     #[derive(Clone)]
@@ -289,18 +340,19 @@ mod tests {
         }
     }
 
-    const ALL_OFFERED: Offer = Offer { sld_exposed: true, rdtscp: true, invpcid: true };
-    const NOTHING_OFFERED: Offer = Offer { sld_exposed: false, rdtscp: false, invpcid: false };
+    const ALL_OFFERED: Offer = Offer { sld_exposed: true, rdtscp: true, invpcid: true, apic_id: 0 };
+    const NOTHING_OFFERED: Offer =
+        Offer { sld_exposed: false, rdtscp: false, invpcid: false, apic_id: 0 };
 
     #[test]
     fn vmx_and_what_is_not_virtualized_stay_hidden() {
         let table = CpuidTable::new(&Everything, ALL_OFFERED);
         let one = table.answer(1, 0);
-        let ecx = [(3, "MONITOR"), (5, "VMX"), (6, "SMX"), (21, "x2APIC"), (24, "TSC deadline")];
+        let ecx = [(3, "MONITOR"), (5, "VMX"), (6, "SMX")];
         for (bit, name) in ecx {
             assert_eq!(one.ecx & 1 << bit, 0, "{name}");
         }
-        for (bit, name) in [(7, "MCE"), (9, "APIC"), (12, "MTRR"), (14, "MCA")] {
+        for (bit, name) in [(7, "MCE"), (12, "MTRR"), (14, "MCA")] {
             assert_eq!(one.edx & 1 << bit, 0, "{name}");
         }
         for (bit, name) in [(2, "SGX"), (4, "HLE"), (11, "RTM"), (25, "processor trace")] {
@@ -320,7 +372,7 @@ mod tests {
         let table = CpuidTable::new(&Everything, ALL_OFFERED);
         assert_ne!(table.answer(7, 0).edx & CORE_CAPABILITIES, 0);
         assert_ne!(table.answer(0x8000_0001, 0).edx & 1 << 27, 0);
-        assert_eq!(table.answer(7, 1), ZERO);
+        assert_eq!(*table.answer(7, 1), ZERO);
     }
 
     #[test]
@@ -359,5 +411,226 @@ mod tests {
         assert_eq!(cr4, 0x7ff | 1 << 11 | 1 << 16 | 1 << 18 | 1 << 20 | 1 << 21);
         let cr4 = CpuidTable::new(&Everything, ALL_OFFERED).cr4_allowed();
         assert_eq!(cr4 & (1 << 13 | 1 << 17), 1 << 17, "VMXE never, PCIDE where INVPCID works");
+    }
+
+    // ---- Random CPUs -----------------------------------------------------------------------------
+
+    /// A CPU with arbitrary features, but leaves and components as CPUs lay them out.
+    #[derive(Debug, Clone)]
+    struct AnyCpu {
+        seed: u64,
+        /// All, half or few of the bits are set.
+        density: u32,
+        max_basic: u32,
+        max_extended: u32,
+        components: [(u32, u32, u32); 6],
+    }
+
+    impl CpuIdReader for AnyCpu {
+        fn cpuid2(&self, leaf: u32, subleaf: u32) -> CpuIdResult {
+            let word = |register: u64| {
+                let mut value = if self.density == 0 { ALL } else { 0 };
+                for round in 0..u64::from(self.density) {
+                    let at = u64::from(leaf) << 32 | u64::from(subleaf) << 8 | register << 4;
+                    let mixed = (at ^ round ^ self.seed).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+                    let mixed = (mixed ^ mixed >> 31).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+                    let random = (mixed >> 32) as u32;
+                    value = if round == 0 { random } else { value & random };
+                }
+                value
+            };
+            let any = CpuIdResult { eax: word(0), ebx: word(1), ecx: word(2), edx: word(3) };
+            match (leaf, subleaf) {
+                (0, _) => CpuIdResult { eax: self.max_basic, ..any },
+                (0x8000_0000, _) => CpuIdResult { eax: self.max_extended, ..any },
+                (0xd, 0) => CpuIdResult { eax: any.eax | 3, ..any },
+                (0xd, 2..8) => {
+                    let (eax, ebx, ecx) = self.components[subleaf as usize - 2];
+                    CpuIdResult { eax, ebx, ecx, edx: 0 }
+                }
+                _ => any,
+            }
+        }
+    }
+
+    prop_compose! {
+        fn any_cpu()(
+            seed: u64,
+            density in 0u32..4,
+            max_basic in prop_oneof![1u32..0x20, 0xdu32..0x17],
+            max_extended in prop_oneof![4 => 0x8000_0000u32..0x8000_0020, 1 => any::<u32>()],
+            sizes: [u8; 6],
+            gaps: [u8; 6],
+            flags: [u32; 6],
+            order in Just([0, 1, 2, 3, 4, 5]).prop_shuffle(),
+            broken in prop::option::of((0usize..6, any::<(u32, u32, u32)>())),
+        ) -> AnyCpu {
+            let mut components = [(0, 0, 0); 6];
+            let mut end = 576;
+            for index in order {
+                let (size, offset) = (u32::from(sizes[index]) * 4, end + u32::from(gaps[index]));
+                components[index] = (size, offset, flags[index]);
+                end = offset + size;
+            }
+            if let Some((index, garbage)) = broken {
+                components[index] = garbage;
+            }
+            AnyCpu { seed, density, max_basic, max_extended, components }
+        }
+    }
+
+    fn any_offer() -> impl Strategy<Value = Offer> {
+        any::<([bool; 3], u8)>().prop_map(|([sld_exposed, rdtscp, invpcid], id)| Offer {
+            apic_id: id.into(),
+            sld_exposed,
+            rdtscp,
+            invpcid,
+        })
+    }
+
+    const DOCUMENT: &str = include_str!("../../docs/guest-view.md");
+
+    /// The bits of a cell such as `0 FPU, 15:8 CLFLUSH line size`, or `all`.
+    fn mask_of(cell: &str) -> u32 {
+        if cell.starts_with("all") {
+            return ALL;
+        }
+        cell.split(", ").fold(0, |mask, item| {
+            let positions = item.split(' ').next().unwrap();
+            let (high, low) = positions.split_once(':').unwrap_or((positions, positions));
+            let (high, low): (u32, u32) = (high.parse().unwrap(), low.parse().unwrap());
+            mask | ALL >> (31 - high) & ALL << low
+        })
+    }
+
+    /// The document's table of CPUID bits that come from the CPU: leaf to EAX, EBX, ECX, EDX.
+    fn documented() -> BTreeMap<u32, [u32; 4]> {
+        let section = DOCUMENT
+            .lines()
+            .skip_while(|line| *line != "### Bits that come from the CPU")
+            .skip(1)
+            .take_while(|line| !line.starts_with('#'));
+        let mut leaves = BTreeMap::new();
+        for line in section.filter(|line| line.starts_with("| 0x")) {
+            let cells: Vec<&str> = line.split('|').map(str::trim).collect();
+            let leaf = u32::from_str_radix(&cells[1][2..], 16).unwrap();
+            let register = ["EAX", "EBX", "ECX", "EDX"].iter().position(|name| *name == cells[2]);
+            let masks: &mut [u32; 4] = leaves.entry(leaf).or_default();
+            masks[register.expect("a register")] |= mask_of(cells[3]);
+        }
+        leaves
+    }
+
+    const fn registers(answer: CpuIdResult) -> [u32; 4] {
+        [answer.eax, answer.ebx, answer.ecx, answer.edx]
+    }
+
+    #[test]
+    fn the_document_has_these_filters() {
+        let filters: BTreeMap<u32, [u32; 4]> =
+            FILTERS.iter().map(|row| (row.leaf, [row.eax, row.ebx, row.ecx, row.edx])).collect();
+        assert_eq!(documented(), filters);
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(500))]
+
+        #[test]
+        fn guests_see_what_is_documented_and_the_cpu_has(cpu in any_cpu(), offer in any_offer()) {
+            let documented = documented();
+            let table = CpuidTable::new(&cpu, offer);
+            let max_basic = cpu.max_basic.min(MAX_BASIC);
+            let max_extended = cpu.max_extended.clamp(0x8000_0000, MAX_EXTENDED);
+            prop_assert_eq!(registers(*table.answer(0, 0))[0], max_basic);
+            prop_assert_eq!(registers(*table.answer(0x8000_0000, 0)), [max_extended, 0, 0, 0]);
+            let leaves = (1..=max_basic).chain(0x8000_0001..=max_extended);
+            for leaf in leaves.filter(|leaf| ![4, 0xb, 0xd].contains(leaf)) {
+                let seen = registers(*table.answer(leaf, 0));
+                let there = registers(cpu.cpuid2(leaf, 0));
+                let mut allowed = documented.get(&leaf).copied().unwrap_or_default();
+                allowed.iter_mut().zip(there).for_each(|(bits, there)| *bits &= there);
+                // What the hypervisor adds.
+                match leaf {
+                    1 => {
+                        allowed[1] |= offer.apic_id << 24;
+                        allowed[2] |= 1 << 31 | APIC_ECX;
+                        allowed[3] |= APIC_EDX;
+                    }
+                    7 if offer.sld_exposed => allowed[3] |= 1 << 30,
+                    _ => {}
+                }
+                for (seen, allowed) in seen.into_iter().zip(allowed) {
+                    prop_assert_eq!(seen & !allowed, 0, "{:#x}: {:#x}", leaf, seen);
+                }
+            }
+            // Above the highest leaves.
+            for leaf in [max_basic + 1, 0x3fff_ffff, 0x5000_0000, max_extended + 1, u32::MAX] {
+                prop_assert_eq!(table.answer(leaf, 0), table.answer(max_basic, 0), "{:#x}", leaf);
+            }
+        }
+
+        #[test]
+        fn features_come_with_what_they_need(cpu in any_cpu(), offer in any_offer()) {
+            let table = CpuidTable::new(&cpu, offer);
+            let XState { mask, .. } = *table.xstate();
+            prop_assert!(mask == 0 || table.xstate().allows(mask), "{:#x}", mask);
+            let seen = |leaf, register: usize, bit: u32| {
+                registers(*table.answer(leaf, 0))[register] & 1 << bit != 0
+            };
+            prop_assert!(mask != 0 || !seen(1, 2, 26), "XSAVE");
+            if mask & xstate::AVX == 0 {
+                for (leaf, register, bit) in [(1, 2, 12), (1, 2, 28), (1, 2, 29)] {
+                    prop_assert!(!seen(leaf, register, bit), "{}", bit);
+                }
+            }
+            // A low leaf 7 answers for leaves above it; here it is leaf 7 itself that counts.
+            if cpu.max_basic >= 7 && mask & xstate::AVX == 0 {
+                prop_assert!(!seen(7, 1, 5) && !seen(7, 2, 9) && !seen(7, 2, 10));
+            }
+            if cpu.max_basic >= 7 && mask & xstate::AVX512 == 0 {
+                let bits = registers(*table.answer(7, 0));
+                prop_assert_eq!((bits[1] & 0xd023_0000, bits[2] & 0x5842), (0, 0));
+            }
+            let cr4 = table.cr4_allowed();
+            // VMXE, SMXE, LA57, PKE, CET, PKS, and what is reserved.
+            prop_assert_eq!(cr4 & !0x0037_0fff, 0, "{:#x}", cr4);
+            prop_assert_eq!(cr4 & 0x7ff, 0x7ff);
+            for (flag, leaf, register, bit) in
+                [(11, 7, 2, 2), (16, 7, 1, 0), (17, 1, 2, 17), (18, 1, 2, 26), (20, 7, 1, 7), (21, 7, 1, 20)]
+            {
+                let offered = leaf <= cpu.max_basic && seen(leaf, register, bit);
+                prop_assert_eq!(cr4 & 1 << flag != 0, offered, "CR4 bit {}", flag);
+            }
+        }
+
+        #[test]
+        fn extended_state_adds_up(cpu in any_cpu()) {
+            let table = CpuidTable::new(&cpu, ALL_OFFERED);
+            let mask = table.xstate().mask;
+            let values = [1u64, 3, 7, 0xe7].into_iter().filter(|xcr0| table.xstate().allows(*xcr0));
+            let (mut standard, mut compacted) = (0, 0);
+            for xcr0 in values {
+                let (all, small) = (table.extended_state(0, xcr0), table.extended_state(1, xcr0));
+                prop_assert_eq!(u64::from(all.edx) << 32 | u64::from(all.eax), mask);
+                prop_assert!((576..=xstate::AREA_BYTES as u32).contains(&all.ecx));
+                prop_assert!(standard <= all.ebx && all.ebx <= all.ecx);
+                prop_assert!(xcr0 != mask || all.ebx == all.ecx);
+                prop_assert!(small.eax <= 7 && small.ecx == 0 && small.edx == 0);
+                if small.eax & XSAVEC == 0 {
+                    prop_assert_eq!(small.ebx, 0);
+                } else {
+                    prop_assert!(compacted <= small.ebx && small.ebx >= 576);
+                    (standard, compacted) = (all.ebx, small.ebx);
+                }
+                for component in (2..64).filter(|component| xcr0 & 1 << component != 0) {
+                    let place = table.extended_state(component, xcr0);
+                    prop_assert!(place.ebx >= 576 && place.eax + place.ebx <= all.ebx);
+                }
+            }
+            for subleaf in (2..100).chain([u32::MAX]) {
+                let there = subleaf < 64 && mask & 1 << subleaf != 0;
+                prop_assert!(there || table.extended_state(subleaf, mask) == ZERO);
+            }
+        }
     }
 }

@@ -22,6 +22,14 @@ bitflags! {
     }
 }
 
+impl Permissions {
+    /// Writable but not readable is an EPT misconfiguration, executable but not readable one on
+    /// some CPUs: SDM volume 3, section "EPT Misconfigurations". Nothing at all is no page.
+    fn check(self) -> Result<(), MapError> {
+        if self.contains(Self::READ) { Ok(()) } else { Err(MapError::BadPermissions) }
+    }
+}
+
 /// Bits 5:3 of a leaf entry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum MemoryType {
@@ -87,6 +95,8 @@ pub enum MapError {
     Occupied,
     /// Nothing is mapped there.
     NotMapped,
+    /// Permissions without [`Permissions::READ`].
+    BadPermissions,
 }
 
 /// One page as it is mapped.
@@ -179,7 +189,7 @@ impl Ept {
     ///
     /// # Errors
     ///
-    /// [`MapError`]; nothing is mapped then.
+    /// [`MapError`]; nothing is mapped then, and no table is kept.
     pub fn map(
         &mut self,
         memory: &mut impl TableMemory,
@@ -193,26 +203,34 @@ impl Ept {
         if gpa >> 48 != 0 || (gpa | hpa) & (size.bytes() - 1) != 0 {
             return Err(MapError::BadAddress);
         }
-        let mut table = self.root;
-        for level in (size.level() + 1..=ROOT_LEVEL).rev() {
-            let index = Self::index(gpa, level);
-            let entry = memory.read(table, index);
-            table = if entry & PRESENT == 0 {
-                let next = memory.allocate().ok_or(MapError::OutOfMemory)?;
-                memory.write(table, index, next.as_u64() | PRESENT);
-                next
-            } else if entry & LEAF != 0 {
+        permissions.check()?;
+        let (mut table, mut level) = (self.root, ROOT_LEVEL);
+        loop {
+            let entry = memory.read(table, Self::index(gpa, level));
+            if entry & PRESENT == 0 {
+                break;
+            }
+            if level == size.level() || entry & LEAF != 0 {
                 return Err(MapError::Occupied);
-            } else {
-                HostPhysAddr::new_truncate(entry & ADDRESS)
-            };
-        }
-        let index = Self::index(gpa, size.level());
-        if memory.read(table, index) & PRESENT != 0 {
-            return Err(MapError::Occupied);
+            }
+            table = HostPhysAddr::new_truncate(entry & ADDRESS);
+            level -= 1;
         }
         let leaf = if size.level() > 0 { LEAF } else { 0 };
-        memory.write(table, index, hpa | permissions.bits() | (kind as u64) << 3 | leaf);
+        let mut entry = hpa | permissions.bits() | (kind as u64) << 3 | leaf;
+        // From the leaf upwards, so that one write links all of it or, without memory, nothing.
+        for below in size.level()..level {
+            let Some(next) = memory.allocate() else {
+                if below > size.level() {
+                    let unused = HostPhysAddr::new_truncate(entry & ADDRESS);
+                    Self::free_below(memory, unused, below - 1);
+                }
+                return Err(MapError::OutOfMemory);
+            };
+            memory.write(next, Self::index(gpa, below), entry);
+            entry = next.as_u64() | PRESENT;
+        }
+        memory.write(table, Self::index(gpa, level), entry);
         Ok(())
     }
 
@@ -223,7 +241,10 @@ impl Ept {
         memory: &mut impl TableMemory,
         gpa: GuestPhysAddr,
     ) -> StaleTranslations {
-        self.unmap_below(memory, self.root, ROOT_LEVEL, gpa.as_u64());
+        // What is beyond the tables is nowhere mapped, and must not be taken for what is below.
+        if gpa.as_u64() >> 48 == 0 {
+            self.unmap_below(memory, self.root, ROOT_LEVEL, gpa.as_u64());
+        }
         StaleTranslations { eptp: self.pointer() }
     }
 
@@ -308,13 +329,14 @@ impl Ept {
     ///
     /// # Errors
     ///
-    /// [`MapError::NotMapped`].
+    /// [`MapError::NotMapped`], [`MapError::BadPermissions`].
     pub fn protect(
         &mut self,
         memory: &mut impl TableMemory,
         gpa: GuestPhysAddr,
         permissions: Permissions,
     ) -> Result<StaleTranslations, MapError> {
+        permissions.check()?;
         let (table, index, _, entry) = self.leaf(memory, gpa).ok_or(MapError::NotMapped)?;
         memory.write(table, index, entry & !PRESENT | permissions.bits());
         Ok(StaleTranslations { eptp: self.pointer() })
@@ -370,20 +392,23 @@ impl Ept {
 }
 
 #[cfg(test)]
+mod properties;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use std::collections::BTreeMap;
 
     /// Records every table; refuses an access to a frame that it has not given out.
     #[derive(Default)]
-    struct Recorder {
-        tables: BTreeMap<u64, [u64; 512]>,
+    pub(super) struct Recorder {
+        pub(super) tables: BTreeMap<u64, [u64; 512]>,
         next: u64,
-        limit: usize,
+        pub(super) limit: usize,
     }
 
     impl Recorder {
-        fn with_limit(limit: usize) -> Self {
+        pub(super) fn with_limit(limit: usize) -> Self {
             Self { limit, ..Self::default() }
         }
     }
@@ -526,6 +551,32 @@ mod tests {
             ept.map(&mut memory, gpa(0), hpa(0), PageSize::Size4K, RWX, MemoryType::WriteBack);
         assert_eq!(result, Err(MapError::OutOfMemory));
         assert_eq!(ept.page(&memory, gpa(0)), None);
+        assert_eq!(memory.tables.len(), 1, "what was allocated on the way is given back");
+    }
+
+    #[test]
+    fn addresses_beyond_the_tables_are_no_others() {
+        let mut memory = Recorder::with_limit(100);
+        let mut ept = Ept::new(&mut memory, false).unwrap();
+        let (size, wb) = (PageSize::Size4K, MemoryType::WriteBack);
+        ept.map(&mut memory, gpa(0), hpa(0), size, RWX, wb).unwrap();
+        ept.unmap(&mut memory, gpa(1 << 48)).never_used();
+        assert!(ept.page(&memory, gpa(0)).is_some());
+    }
+
+    #[test]
+    fn a_page_that_cannot_be_read_is_refused() {
+        let mut memory = Recorder::with_limit(100);
+        let mut ept = Ept::new(&mut memory, false).unwrap();
+        let (size, wb) = (PageSize::Size4K, MemoryType::WriteBack);
+        ept.map(&mut memory, gpa(0), hpa(0), size, RWX, wb).unwrap();
+        for bad in [Permissions::empty(), Permissions::WRITE, RWX - Permissions::READ] {
+            let mapped = ept.map(&mut memory, gpa(0x1000), hpa(0), size, bad, wb);
+            assert_eq!(mapped, Err(MapError::BadPermissions));
+            let protected = ept.protect(&mut memory, gpa(0), bad);
+            assert_eq!(protected.unwrap_err(), MapError::BadPermissions);
+        }
+        assert_eq!(ept.page(&memory, gpa(0)).map(|page| page.permissions), Some(RWX));
     }
 
     #[test]

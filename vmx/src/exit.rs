@@ -324,6 +324,7 @@ impl EptQualification {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
 
     #[test]
     fn every_reason_has_a_text() {
@@ -366,5 +367,80 @@ mod tests {
         let mov = CrQualification(0x0304);
         assert_eq!((mov.register(), mov.access(), mov.operand()), (4, CrAccess::Write, 3));
         assert_eq!(CrQualification(0xabcd_0030).access(), CrAccess::Lmsw(0xabcd));
+    }
+    /// Bits that no decoder is to look at, in several patterns.
+    const NOISE: [u64; 4] = [0, u64::MAX, 0x5555_5555_5555_5555, 0xaaaa_aaaa_aaaa_aaaa];
+
+    #[test]
+    fn interruption_information_decodes_and_injects() {
+        for (low, noise) in (0u32..1 << 13).flat_map(|low| NOISE.map(|noise| (low, noise as u32))) {
+            for valid in [0, 1 << 31] {
+                let info = InterruptionInfo(valid | noise & 0x7fff_e000 | low);
+                assert_eq!(info.is_valid(), valid != 0);
+                assert_eq!(u32::from(info.vector()), low % 256);
+                assert_eq!(info.kind() as u32, low / 256 % 8);
+                assert_eq!(info.has_error_code(), low / 2048 % 2 == 1);
+                assert_eq!(info.nmi_unblocked_by_iret(), low / 4096 == 1);
+                let again =
+                    InterruptionInfo::inject(info.kind(), info.vector(), info.has_error_code());
+                assert_eq!(again.0, info.for_entry() | 1 << 31);
+                assert_eq!(info.for_entry(), valid | (low & 0xfff));
+            }
+        }
+    }
+
+    #[test]
+    fn io_qualifications_decode() {
+        for port in (0..0x400).chain([0xcf8, 0x7fff, 0x8000, 0xffff]) {
+            for (low, noise) in (0..1 << 5).flat_map(|low| NOISE.map(|noise| (low, noise))) {
+                let unused = noise & !0xffff_001f;
+                let io = IoQualification(unused | u64::from(port) << 16 | low);
+                assert_eq!(io.port(), port);
+                assert_eq!(u64::from(io.size()), low % 8 + 1);
+                assert_eq!((io.is_in(), io.is_string()), (low / 8 % 2 == 1, low / 16 == 1));
+            }
+        }
+    }
+
+    #[test]
+    fn cr_qualifications_decode() {
+        for low in 0..1u64 << 12 {
+            for source in [0, 1, 0x7fff, 0x8000, 0xffff] {
+                for noise in NOISE {
+                    let unused = noise & !0xffff_0f3f;
+                    let cr = CrQualification(unused | source << 16 | low & 0xf3f);
+                    assert_eq!(u64::from(cr.register()), low % 16);
+                    assert_eq!(cr.operand() as u64, low / 256);
+                    let access = [
+                        CrAccess::Write,
+                        CrAccess::Read,
+                        CrAccess::Clts,
+                        CrAccess::Lmsw(source as u16),
+                    ];
+                    assert_eq!(cr.access(), access[(low / 16 % 4) as usize]);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn ept_qualifications_decode() {
+        for (low, noise) in (0u64..1 << 13).flat_map(|low| NOISE.map(|noise| (low, noise))) {
+            let ept = EptQualification(noise & !0x1fff | low);
+            let access = u64::from(ept.is_read())
+                + 2 * u64::from(ept.is_write())
+                + 4 * u64::from(ept.is_fetch());
+            assert_eq!(access, low % 8);
+            assert_eq!(ept.nmi_unblocked_by_iret(), low / 4096 == 1);
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn reasons_decode(bits: u32) {
+            let reason = ExitReason(bits);
+            prop_assert_eq!(reason.is_entry_failure(), bits >= 0x8000_0000);
+            prop_assert_eq!(u32::from(reason.basic().0), bits % 0x1_0000);
+        }
     }
 }

@@ -8,6 +8,7 @@
 #![cfg_attr(not(test), no_std)]
 
 pub mod addr;
+pub mod apic;
 pub mod bitmap;
 pub mod capability;
 pub mod checks;

@@ -3,7 +3,11 @@
 //! A row says how a read and a write are answered; MSRs that no row names raise #GP(0), as MSRs
 //! that do not exist do. MSR numbers: SDM volume 4.
 
+use crate::apic::{X2APIC_BASE, X2APIC_REGISTERS};
 use crate::bitmap::MsrBitmap;
+
+/// Behind the last x2APIC MSR.
+const X2APIC_END: u32 = X2APIC_BASE + X2APIC_REGISTERS;
 
 /// MSRs that the hypervisor treats by name.
 pub mod msr {
@@ -25,6 +29,10 @@ pub mod msr {
     pub const SYSENTER_ESP: u32 = 0x175;
     /// IA32_SYSENTER_EIP.
     pub const SYSENTER_EIP: u32 = 0x176;
+    /// IA32_TSC_DEADLINE.
+    pub const TSC_DEADLINE: u32 = 0x6e0;
+    /// IA32_APIC_BASE.
+    pub const APIC_BASE: u32 = 0x1b;
     /// IA32_MISC_ENABLE.
     pub const MISC_ENABLE: u32 = 0x1a0;
     /// IA32_PAT.
@@ -63,14 +71,25 @@ pub enum Policy {
     CoreCapabilities,
     /// Reads give the value; writes are ignored.
     Constant(u64),
+    /// The local APIC answers: this register of the x2APIC range 0x800 to 0x83f.
+    Apic(u32),
+    /// The local APIC's timer answers.
+    TscDeadline,
+    /// Reads give the value; writing anything else is #GP(0).
+    Fixed(u64),
     /// #GP(0).
     Fault,
 }
 
-/// The table: (MSR, policy).
-pub const TABLE: [(u32, Policy); 20] = [
+/// IA32_APIC_BASE: the default base, x2APIC mode (bits 11 and 10), bootstrap processor (bit 8).
+/// The mode cannot be left: there is no APIC page.
+const APIC_BASE: u64 = 0xfee0_0d00;
+
+/// The table: (MSR, policy). The x2APIC registers are not in it: [`policy`].
+pub const TABLE: [(u32, Policy); 22] = [
     (msr::TSC, Policy::Tsc),
     (msr::PLATFORM_ID, Policy::Constant(0)),
+    (msr::APIC_BASE, Policy::Fixed(APIC_BASE)),
     (msr::TEST_CTRL, Policy::TestCtrl),
     (msr::BIOS_SIGN_ID, Policy::Constant(0)),
     (msr::CORE_CAPABILITIES, Policy::CoreCapabilities),
@@ -82,6 +101,7 @@ pub const TABLE: [(u32, Policy); 20] = [
     // Fast strings. Linux reads it before it can take a fault.
     (msr::MISC_ENABLE, Policy::Constant(1)),
     (msr::PAT, Policy::Pass),
+    (msr::TSC_DEADLINE, Policy::TscDeadline),
     (msr::EFER, Policy::Pass),
     (msr::STAR, Policy::Pass),
     (msr::LSTAR, Policy::Pass),
@@ -94,12 +114,33 @@ pub const TABLE: [(u32, Policy); 20] = [
     (msr::TSC_AUX, Policy::Pass),
 ];
 
+/// MSRs up to here are looked up by index, the few above by search.
+const INDEXED: usize = 0x300;
+static BY_NUMBER: [Policy; INDEXED] = {
+    let mut policies = [Policy::Fault; INDEXED];
+    let mut row = 0;
+    while row < TABLE.len() {
+        if (TABLE[row].0 as usize) < INDEXED {
+            policies[TABLE[row].0 as usize] = TABLE[row].1;
+        }
+        row += 1;
+    }
+    policies
+};
+
 /// The policy of an MSR.
+#[inline]
 pub fn policy(msr: u32) -> Policy {
-    // The two that are asked for often come first.
+    match BY_NUMBER.get(msr as usize) {
+        Some(policy) => *policy,
+        None => policy_above(msr),
+    }
+}
+
+#[inline(never)]
+fn policy_above(msr: u32) -> Policy {
     match msr {
-        msr::TEST_CTRL => Policy::TestCtrl,
-        msr::CORE_CAPABILITIES => Policy::CoreCapabilities,
+        X2APIC_BASE..X2APIC_END => Policy::Apic(msr - X2APIC_BASE),
         _ => TABLE.iter().find(|row| row.0 == msr).map_or(Policy::Fault, |row| row.1),
     }
 }
@@ -126,6 +167,8 @@ pub const fn bitmap() -> MsrBitmap {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
+    use std::{format, string::String, vec::Vec};
 
     #[test]
     fn the_bitmap_passes_what_the_table_passes_and_nothing_else() {
@@ -143,6 +186,53 @@ mod tests {
         for (index, row) in TABLE.iter().enumerate() {
             assert!(TABLE[..index].iter().all(|other| other.0 != row.0), "{:#x}", row.0);
             assert_eq!(policy(row.0), row.1);
+        }
+    }
+    /// How the document has a policy: its columns "read" and "write".
+    fn in_words(policy: Policy) -> (String, &'static str) {
+        match policy {
+            Policy::Pass => ("the guest's own".into(), "yes"),
+            Policy::Tsc => ("the TSC plus the offset".into(), "moves the offset"),
+            Policy::TestCtrl => ("the guest's own".into(), "bit 29 if exposed, else only 0"),
+            Policy::CoreCapabilities => ("0x20 if exposed, else #GP(0)".into(), "#GP(0)"),
+            Policy::Constant(value) => (format!("{value:#x}"), "ignored"),
+            Policy::Apic(_) => unreachable!("not in the table"),
+            Policy::TscDeadline => ("the guest's own".into(), "arms the timer"),
+            Policy::Fixed(value) => (format!("{value:#x}"), "only this value"),
+            Policy::Fault => ("#GP(0)".into(), "#GP(0)"),
+        }
+    }
+
+    #[test]
+    fn the_document_has_this_table() {
+        let document = include_str!("../../docs/guest-view.md");
+        let rows: Vec<Vec<&str>> = document
+            .lines()
+            .skip_while(|line| *line != "## MSRs")
+            .skip(1)
+            .take_while(|line| !line.starts_with("## "))
+            .filter(|line| line.starts_with("| 0x"))
+            .map(|line| line.split('|').map(str::trim).collect())
+            .collect();
+        assert_eq!(rows.len(), TABLE.len());
+        for (row, (msr, policy)) in rows.iter().zip(TABLE) {
+            let (read, write) = in_words(policy);
+            assert_eq!(row[1], format!("{msr:#x}"));
+            assert_eq!((row[3], row[4]), (read.as_str(), write), "{msr:#x}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_no_row_names_faults_and_exits(msr: u32) {
+            let row = TABLE.iter().find(|row| row.0 == msr);
+            let apic = (0x800..0x840).contains(&msr);
+            let other = if apic { Policy::Apic(msr - 0x800) } else { Policy::Fault };
+            prop_assert_eq!(policy(msr), row.map_or(other, |row| row.1));
+            let bitmap = bitmap();
+            if row.is_none() {
+                prop_assert!(bitmap.read_exits(msr) && bitmap.write_exits(msr));
+            }
         }
     }
 }

@@ -3,9 +3,11 @@
 use core::fmt;
 
 use raw_cpuid::CpuIdReaderNative;
+use raw_cpuid::CpuIdResult;
 use sld::{AcContext, MsrFault, MsrWrite, PreemptionDisabled, RealBit, Task, Verdict, Written};
 
 use crate::addr::GuestPhysAddr;
+use crate::apic::{Command, Delivery};
 use crate::checks::{self, Finding, Processor};
 use crate::controls::{Entry, Primary};
 use crate::cpuid::OSXSAVE;
@@ -113,8 +115,9 @@ pub(crate) struct AcPlace {
 pub enum Stop {
     /// The time slice is over.
     Slice,
-    /// HLT with nothing pending.
-    Halt,
+    /// HLT with nothing pending. The vCPU's timer will wake it at this time, in the host's TSC;
+    /// `None` if nothing can.
+    Halt(Option<u64>),
     /// The VM is at its end.
     End(End),
 }
@@ -185,13 +188,23 @@ impl From<End> for Stop {
     }
 }
 
+/// The TSC.
+#[inline(always)]
+fn now() -> u64 {
+    // SAFETY: RDTSC has no effect but on its registers.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
 impl Loaded<'_> {
     /// Runs the guest for at most `ticks` of the TSC, time in the hypervisor included.
     pub fn run(&mut self, host: &mut impl Host, ticks: u64) -> Stop {
-        // SAFETY: RDTSC has no effect but on its registers.
-        let deadline = unsafe { core::arch::x86_64::_rdtsc() }.wrapping_add(ticks);
-        let timer = (ticks >> self.caps().preemption_timer_shift()).min(u64::from(u32::MAX));
-        self.vmcs.write(PREEMPTION_TIMER_VALUE, timer as u32);
+        let start = now();
+        let stop_at = start.saturating_add(ticks);
+        self.vcpu.stop_at = stop_at;
+        self.tick(start);
+        if let Err(stop) = self.stay_halted() {
+            return stop;
+        }
         loop {
             // SAFETY: `self` proves that this vCPU's VMCS is current here and that the host state
             // is this CPU's; interrupts are off (contract of `load`).
@@ -208,8 +221,8 @@ impl Loaded<'_> {
                 return stop;
             }
             // A guest that exits all the time must not live on time in which the timer stands
-            // still. SAFETY: as above.
-            if unsafe { core::arch::x86_64::_rdtsc() }.wrapping_sub(deadline) as i64 > 0 {
+            // still.
+            if now() > stop_at {
                 return Stop::Slice;
             }
         }
@@ -228,7 +241,8 @@ impl Loaded<'_> {
             BasicReason::EXTERNAL_INTERRUPT => {
                 host.interrupt(InterruptionInfo(self.vmcs.read(EXIT_INTERRUPTION_INFO)).vector());
             }
-            BasicReason::PREEMPTION_TIMER => return Err(Stop::Slice),
+            // The guest's own timer, or the end of its turn, which the caller notices.
+            BasicReason::PREEMPTION_TIMER => self.tick(now()),
             BasicReason::HLT => return self.hlt(),
             BasicReason::EPT_VIOLATION => self.ept_violation(host)?,
             BasicReason::MONITOR_TRAP_FLAG => {
@@ -236,7 +250,8 @@ impl Loaded<'_> {
                 self.set_primary(Primary::MONITOR_TRAP_FLAG, false);
             }
             BasicReason::CR_ACCESS => self.cr_access(host),
-            BasicReason::INTERRUPT_WINDOW | BasicReason::NMI_WINDOW => self.open_window(),
+            BasicReason::INTERRUPT_WINDOW => self.deliver_interrupt(),
+            BasicReason::NMI_WINDOW => self.deliver_nmi(),
             BasicReason::TRIPLE_FAULT => return Err(End::TripleFault.into()),
             // Guest memory is write-back and private: there is nothing to lose or to write back.
             BasicReason::INVD | BasicReason::WBINVD => self.skip_instruction(),
@@ -301,34 +316,33 @@ impl Loaded<'_> {
         }
     }
 
+    #[inline(always)]
     fn cpuid(&mut self) {
         let registers = &self.vcpu.state.registers;
         let (leaf, subleaf) = (registers[RAX] as u32, registers[RCX] as u32);
-        let answer = match leaf {
-            1 => {
-                let mut answer = self.vcpu.cpuid.answer(1, 0);
-                if self.vmcs.read(GUEST_CR4) & CR4_OSXSAVE != 0 {
-                    answer.ecx |= OSXSAVE;
-                }
-                answer
-            }
+        let CpuIdResult { eax, ebx, mut ecx, edx } = match leaf {
             0xd => self.vcpu.cpuid.extended_state(subleaf, self.xcr0()),
-            _ => self.vcpu.cpuid.answer(leaf, subleaf),
+            _ => *self.vcpu.cpuid.answer(leaf, subleaf),
         };
+        if leaf == 1 && self.vmcs.read(GUEST_CR4) & CR4_OSXSAVE != 0 {
+            ecx |= OSXSAVE;
+        }
         let registers = &mut self.vcpu.state.registers;
-        registers[RAX] = answer.eax.into();
-        registers[RBX] = answer.ebx.into();
-        registers[RCX] = answer.ecx.into();
-        registers[RDX] = answer.edx.into();
+        registers[RAX] = eax.into();
+        registers[RBX] = ebx.into();
+        registers[RCX] = ecx.into();
+        registers[RDX] = edx.into();
         self.skip_instruction();
     }
 
     fn rdmsr(&mut self, _: &mut impl Host) {
         let number = self.vcpu.state.registers[RCX] as u32;
         let value = match msr_policy::policy(number) {
+            Policy::Apic(register) => self.read_apic(register),
+            Policy::TscDeadline => Some(self.vcpu.apic.tsc_deadline()),
             Policy::TestCtrl => self.vcpu.sld.guest_rdmsr(sld::Msr::TestCtrl),
             Policy::CoreCapabilities => self.vcpu.sld.guest_rdmsr(sld::Msr::CoreCapabilities),
-            Policy::Constant(value) => Some(value),
+            Policy::Constant(value) | Policy::Fixed(value) => Some(value),
             Policy::Pass | Policy::Tsc | Policy::Fault => None,
         };
         match value {
@@ -348,12 +362,10 @@ impl Loaded<'_> {
         let accepted = match msr_policy::policy(number) {
             Policy::TestCtrl => self.write_test_ctrl(host, value)?,
             Policy::Constant(_) => true,
-            Policy::Tsc => {
-                // SAFETY: RDTSC has no effect but on its registers.
-                let now = unsafe { core::arch::x86_64::_rdtsc() };
-                self.vmcs.write(TSC_OFFSET, value.wrapping_sub(now));
-                true
-            }
+            Policy::Fixed(only) => value == only,
+            Policy::Tsc => self.write_tsc(value),
+            Policy::Apic(register) => self.write_apic(register, value),
+            Policy::TscDeadline => self.write_tsc_deadline(value),
             Policy::CoreCapabilities | Policy::Pass | Policy::Fault => false,
         };
         if accepted {
@@ -364,6 +376,7 @@ impl Loaded<'_> {
         Ok(())
     }
 
+    #[inline(always)]
     fn write_test_ctrl(&mut self, host: &mut impl Host, value: u64) -> Result<bool, Stop> {
         let (pinned, task) = host.sld();
         let result = self
@@ -375,7 +388,7 @@ impl Loaded<'_> {
         if let MsrWrite::Propagated(written) = result {
             host.on_real_bit(written);
         }
-        Ok(result != MsrWrite::Gp)
+        Ok(!matches!(result, MsrWrite::Gp))
     }
 
     fn io(&mut self, host: &mut impl Host) -> Handled {
@@ -412,9 +425,90 @@ impl Loaded<'_> {
 
     fn hlt(&mut self) -> Handled {
         self.skip_instruction();
+        self.vcpu.halted = true;
+        self.tick(now());
+        self.stay_halted()
+    }
+
+    /// Whether a vCPU that has executed HLT may go on: only an event ends it.
+    fn stay_halted(&mut self) -> Handled {
+        if !self.vcpu.halted || self.vcpu.pending_nmi || self.entry_event().is_valid() {
+            self.vcpu.halted = false;
+            return Ok(());
+        }
         let interruptible = self.vmcs.read(GUEST_RFLAGS) & RFLAGS_IF != 0;
-        let wakes = self.vcpu.pending_nmi || self.vcpu.pending_interrupt.is_some() && interruptible;
-        if wakes { Ok(()) } else { Err(Stop::Halt) }
+        let deadline = self.vcpu.apic.deadline().filter(|_| interruptible);
+        Err(Stop::Halt(deadline.map(|at| at.wrapping_sub(self.vcpu.tsc_offset))))
+    }
+
+    // ---- Local APIC ----------------------------------------------------------------------------
+
+    fn guest_tsc(&self, now: u64) -> u64 {
+        now.wrapping_add(self.vcpu.tsc_offset)
+    }
+
+    /// It is `now` (host's TSC): the guest's timer fires if it is due, and the preemption timer is
+    /// set for it or for the end of the turn, whichever comes first.
+    #[inline(never)]
+    fn tick(&mut self, now: u64) {
+        let mut ticks = self.vcpu.stop_at.saturating_sub(now);
+        let guest_now = self.guest_tsc(now);
+        self.vcpu.apic.tick(guest_now);
+        if let Some(deadline) = self.vcpu.apic.deadline() {
+            ticks = ticks.min(deadline.saturating_sub(guest_now));
+        }
+        let count = (ticks >> self.caps().preemption_timer_shift()).min(u64::from(u32::MAX));
+        self.vmcs.write(PREEMPTION_TIMER_VALUE, count as u32);
+        if self.vcpu.apic.deliverable().is_some() {
+            self.deliver_interrupt();
+        }
+    }
+
+    // The time-stamp counter and the local APIC stand apart from `rdmsr` and `wrmsr`, so that
+    // those save no registers for them.
+
+    #[inline(never)]
+    fn write_tsc(&mut self, value: u64) -> bool {
+        let now = now();
+        self.vcpu.tsc_offset = value.wrapping_sub(now);
+        self.vmcs.write(TSC_OFFSET, self.vcpu.tsc_offset);
+        // What was due at some time of the old clock is due at the same of the new one.
+        self.tick(now);
+        true
+    }
+
+    #[inline(never)]
+    fn write_tsc_deadline(&mut self, value: u64) -> bool {
+        self.vcpu.apic.set_tsc_deadline(value);
+        self.tick(now());
+        true
+    }
+
+    #[inline(never)]
+    fn read_apic(&self, register: u32) -> Option<u64> {
+        self.vcpu.apic.read(register, self.guest_tsc(now()))
+    }
+
+    /// WRMSR of an x2APIC register; false for #GP(0).
+    #[inline(never)]
+    fn write_apic(&mut self, register: u32, value: u64) -> bool {
+        let now = now();
+        let guest_now = self.guest_tsc(now);
+        let Ok(command) = self.vcpu.apic.write(register, value, guest_now) else { return false };
+        if let Command::Ipi(ipi) = command {
+            // The VM's only vCPU: whom else it means is not there.
+            let id = self.vcpu.apic.id();
+            match ipi.delivery() {
+                Delivery::Fixed(vector) if ipi.reaches(id, id) => self.vcpu.apic.raise(vector),
+                Delivery::Nmi if ipi.reaches(id, id) => {
+                    self.vcpu.pending_nmi = true;
+                    self.set_primary(Primary::NMI_WINDOW_EXITING, true);
+                }
+                _ => {}
+            }
+        }
+        self.tick(now);
+        true
     }
 
     fn exception(&mut self, host: &mut impl Host) -> Handled {
@@ -511,6 +605,11 @@ impl Loaded<'_> {
 
     // ---- Events ------------------------------------------------------------------------------
 
+    /// What the next VM entry will deliver.
+    fn entry_event(&self) -> InterruptionInfo {
+        InterruptionInfo(self.vmcs.read(ENTRY_INTERRUPTION_INFO))
+    }
+
     /// Injects a fault of the instruction that exited.
     fn inject_fault(&mut self, vector: u8, error: Option<u32>) {
         let protected = self.vmcs.read(GUEST_CR0) & CR0_PE != 0;
@@ -551,9 +650,7 @@ impl Loaded<'_> {
             self.vmcs.write(ENTRY_INSTRUCTION_LENGTH, length);
         }
         if info.kind() == EventKind::Nmi {
-            // Delivery sets it again; VM entry refuses to inject an NMI while it is set.
-            let blocking = self.vmcs.read(GUEST_INTERRUPTIBILITY);
-            self.vmcs.write(GUEST_INTERRUPTIBILITY, blocking & !BLOCKING_NMI);
+            self.unblock_nmi();
         }
     }
 
@@ -564,7 +661,7 @@ impl Loaded<'_> {
         let info = InterruptionInfo(self.vmcs.read(IDT_VECTORING_INFO));
         match info.kind() {
             EventKind::External if info.is_valid() => {
-                self.vcpu.pending_interrupt = Some(info.vector());
+                self.vcpu.apic.unacknowledge(info.vector());
                 self.set_primary(Primary::INTERRUPT_WINDOW_EXITING, true);
             }
             EventKind::Nmi if info.is_valid() => {
@@ -588,16 +685,36 @@ impl Loaded<'_> {
         }
     }
 
-    /// The guest can take what waits for it.
-    fn open_window(&mut self) {
-        if core::mem::take(&mut self.vcpu.pending_nmi) {
-            self.set_primary(Primary::NMI_WINDOW_EXITING, false);
-            self.inject(EventKind::Nmi, vector::NMI, None, 0);
-        } else {
+    /// Delivers the interrupt that the local APIC would deliver, or waits until the guest can take
+    /// it.
+    fn deliver_interrupt(&mut self) {
+        let Some(vector) = self.vcpu.apic.deliverable() else {
             self.set_primary(Primary::INTERRUPT_WINDOW_EXITING, false);
-            if let Some(vector) = self.vcpu.pending_interrupt.take() {
-                self.inject(EventKind::External, vector, None, 0);
-            }
+            return;
+        };
+        let open = self.vmcs.read(GUEST_RFLAGS) & RFLAGS_IF != 0
+            && self.vmcs.read(GUEST_INTERRUPTIBILITY) & BLOCKING_STI_MOV_SS == 0
+            && !self.entry_event().is_valid();
+        if open {
+            self.vcpu.apic.acknowledge(vector);
+            self.inject(EventKind::External, vector, None, 0);
+        }
+        self.set_primary(Primary::INTERRUPT_WINDOW_EXITING, !open);
+    }
+
+    /// Nothing may block an NMI that VM entry is to inject. Delivery blocks further ones by itself.
+    fn unblock_nmi(&mut self) {
+        let blocking = self.vmcs.read(GUEST_INTERRUPTIBILITY);
+        let open = blocking & !(BLOCKING_NMI | BLOCKING_STI_MOV_SS);
+        self.vmcs.write(GUEST_INTERRUPTIBILITY, open);
+    }
+
+    /// The guest can take the NMI that waits for it.
+    fn deliver_nmi(&mut self) {
+        self.set_primary(Primary::NMI_WINDOW_EXITING, false);
+        if core::mem::take(&mut self.vcpu.pending_nmi) {
+            self.unblock_nmi();
+            self.inject(EventKind::Nmi, vector::NMI, None, 0);
         }
     }
 
@@ -625,15 +742,22 @@ impl Loaded<'_> {
                 let value = self.register_operand(operand);
                 self.write_cr4(host, value)
             }
-            // There is no local APIC whose task priority this could be.
             (8, CrAccess::Read) => {
+                let value = self.vcpu.apic.cr8();
                 match operand {
-                    RSP => self.vmcs.write(GUEST_RSP, 0),
-                    _ => self.vcpu.state.registers[operand] = 0,
+                    RSP => self.vmcs.write(GUEST_RSP, value),
+                    _ => self.vcpu.state.registers[operand] = value,
                 }
                 true
             }
-            (8, CrAccess::Write) => self.register_operand(operand) <= 0xf,
+            (8, CrAccess::Write) => {
+                let value = self.register_operand(operand);
+                let accepted = self.vcpu.apic.set_cr8(value).is_ok();
+                if accepted && self.vcpu.apic.deliverable().is_some() {
+                    self.deliver_interrupt();
+                }
+                accepted
+            }
             // CR0.TS is the guest's own, and CR3 does not exit.
             _ => false,
         };
@@ -730,7 +854,9 @@ impl Loaded<'_> {
     /// Loads the PDPTEs that CR3 points to; false if one is bad. SDM volume 3, section "PDPTE
     /// Registers".
     fn load_pdptes(&mut self, host: &impl Host) -> bool {
-        const RESERVED: u64 = 0x1e6;
+        // Bits 8:5, 2, 1, and those above the physical-address width.
+        let width = self.vcpu.cpuid.answer(0x8000_0008, 0).eax & 0xff;
+        let reserved = 0x1e6 | u64::MAX.checked_shl(width).unwrap_or(0);
         let Some(table) = GuestPhysAddr::new(self.vmcs.read(GUEST_CR3) & 0xffff_ffe0) else {
             return false;
         };
@@ -742,7 +868,7 @@ impl Loaded<'_> {
         for (entry, bytes) in entries.iter_mut().zip(bytes.chunks_exact(8)) {
             *entry = bytes.iter().rev().fold(0, |value, byte| value << 8 | u64::from(*byte));
         }
-        if entries.iter().any(|entry| entry & 1 != 0 && entry & RESERVED != 0) {
+        if entries.iter().any(|entry| entry & 1 != 0 && entry & reserved != 0) {
             return false;
         }
         for (field, entry) in

@@ -5,6 +5,7 @@ use core::arch::asm;
 use x86_64::registers::model_specific::Msr;
 
 use crate::addr::HostPhysAddr;
+use crate::apic::LocalApic;
 use crate::capability::Capabilities;
 use crate::controls::Secondary;
 use crate::cpuid::CpuidTable;
@@ -18,8 +19,10 @@ use crate::world::{GuestState, vmx_exit_entry};
 use crate::xstate::{self, XArea};
 
 /// What of the host a VM exit loads: SDM volume 3, section "Host-State Area". Each CPU has one.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy)]
 pub struct HostState {
+    /// The CPU's index. Two states of one index are the same state.
+    pub cpu: u32,
     /// CR0.
     pub cr0: u64,
     /// CR3.
@@ -150,19 +153,25 @@ pub struct Vcpu {
     pub(crate) sld: sld::Vcpu,
     pub(crate) cpuid: CpuidTable,
     pub(crate) cr4: Cr4,
-    /// An external interrupt that waits for the guest to be able to take it.
-    pub(crate) pending_interrupt: Option<u8>,
+    /// Its local APIC, which holds the interrupts that wait for the guest to be able to take them.
+    pub(crate) apic: LocalApic,
+    /// It has executed HLT, and no event has come since.
+    pub(crate) halted: bool,
+    /// The guest's TSC less the host's.
+    pub(crate) tsc_offset: u64,
+    /// When its turn is over, in the host's TSC.
+    pub(crate) stop_at: u64,
     /// Where its last #AC came from.
     pub(crate) ac_place: Option<AcPlace>,
-    /// An NMI that waits likewise.
+    /// An NMI that waits for the guest to be able to take it.
     pub(crate) pending_nmi: bool,
     /// How often each thing happened.
     pub counters: Counters,
     caps: Capabilities,
     region: HostPhysAddr,
     switched: Switched,
-    /// The host state that the VMCS holds; another CPU's differs.
-    host: Option<HostState>,
+    /// The CPU whose host state the VMCS holds.
+    host: Option<u32>,
     start: Option<Start>,
 }
 
@@ -190,6 +199,8 @@ pub struct VcpuConfig {
     pub cpuid: CpuidTable,
     /// Split-lock detection as this vCPU sees it.
     pub sld: sld::Vcpu,
+    /// Its local APIC's ID.
+    pub apic_id: u32,
     /// Where the guest starts, in flat 32-bit protected mode.
     pub rip: u32,
     /// Guest-state fields that are to have other values at the start: to try what VM entry says.
@@ -209,7 +220,10 @@ impl Vcpu {
             sld: config.sld,
             cr4: Cr4 { allowed: config.cpuid.cr4_allowed() },
             cpuid: config.cpuid,
-            pending_interrupt: None,
+            apic: LocalApic::new(config.apic_id),
+            halted: false,
+            tsc_offset: 0,
+            stop_at: 0,
             pending_nmi: false,
             ac_place: None,
             counters: Counters { exits: [0; Counters::REASONS] },
@@ -257,9 +271,9 @@ impl Vcpu {
                 vmcs.write_guest(field, value)?;
             }
         }
-        if self.host.as_ref() != Some(host) {
+        if self.host != Some(host.cpu) {
             write_host_state(&mut vmcs, host);
-            self.host = Some(*host);
+            self.host = Some(host.cpu);
         }
         // SAFETY: nothing of the host is in these registers (caller).
         unsafe { self.switched.restore(self.cpuid.xstate().mask, switched_msrs(&self.caps)) };

@@ -31,6 +31,8 @@ pub struct Component {
     pub offset: u32,
     /// In bytes.
     pub size: u32,
+    /// Whether it starts at a multiple of 64 bytes in the compacted format.
+    pub aligned: bool,
 }
 
 /// The extended state that this CPU has and guests may use.
@@ -46,8 +48,11 @@ pub struct XState {
 
 impl XState {
     /// No XSAVE: x87 and SSE by FXSAVE.
-    pub const LEGACY: Self =
-        Self { mask: 0, components: [Component { offset: 0, size: 0 }; 6], instructions: 0 };
+    pub const LEGACY: Self = Self {
+        mask: 0,
+        components: [Component { offset: 0, size: 0, aligned: false }; 6],
+        instructions: 0,
+    };
 
     /// Asks CPUID. A component that does not fit the area, or overlaps the legacy region, is not
     /// offered: some machines enumerate sizes that do not add up.
@@ -57,6 +62,10 @@ impl XState {
         }
         let leaf = cpu.cpuid2(0xd, 0);
         let mut mask = (u64::from(leaf.edx) << 32 | u64::from(leaf.eax)) & OFFERED;
+        // XSETBV takes no XCR0 without x87, nor AVX without SSE; this mask is to be one.
+        if mask & (X87 | SSE) != X87 | SSE {
+            return Self::LEGACY;
+        }
         let mut components = [Component::default(); 6];
         for (index, component) in (2u32..).zip(&mut components) {
             if mask & 1 << index == 0 {
@@ -67,7 +76,8 @@ impl XState {
             if leaf.ebx < LEGACY_BYTES || end > AREA_BYTES as u64 {
                 mask &= !(1 << index);
             } else {
-                *component = Component { offset: leaf.ebx, size: leaf.eax };
+                let aligned = leaf.ecx & 1 << 1 != 0;
+                *component = Component { offset: leaf.ebx, size: leaf.eax, aligned };
             }
         }
         if mask & AVX == 0 || mask & AVX512 != AVX512 {
@@ -83,6 +93,18 @@ impl XState {
             .filter(|(index, _)| xcr0 & 1 << index != 0)
             .map(|(_, component)| component.offset + component.size)
             .fold(LEGACY_BYTES, u32::max)
+    }
+
+    /// Bytes that XSAVEC takes for the components of `xcr0`: SDM volume 1, section "Compacted
+    /// Format of the Extended Region of an XSAVE Area".
+    pub fn compacted_bytes(&self, xcr0: u64) -> u32 {
+        (2u32..).zip(self.components).filter(|(index, _)| xcr0 & 1 << index != 0).fold(
+            LEGACY_BYTES,
+            |end, (_, component)| {
+                let start = if component.aligned { end.next_multiple_of(64) } else { end };
+                start + component.size
+            },
+        )
     }
 
     /// Whether XSETBV takes this value for XCR0 where these components are supported.
@@ -169,6 +191,7 @@ pub(crate) unsafe fn xsetbv(value: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use proptest::prelude::*;
     use raw_cpuid::CpuIdResult;
 
     /// Leaf 0xd of a CPU with AVX-512, with the offset of component 5 to be chosen.
@@ -201,6 +224,7 @@ mod tests {
         assert_eq!(state.area_bytes(X87), 576);
         assert_eq!(state.area_bytes(X87 | SSE | AVX), 832);
         assert_eq!(state.area_bytes(0xe7), 2688);
+        assert_eq!(state.compacted_bytes(0xe7), 576 + 256 + 64 + 512 + 1024);
         assert_eq!(state.instructions, 7);
     }
 
@@ -213,16 +237,26 @@ mod tests {
     }
 
     #[test]
-    fn xcr0_rules() {
-        let state = XState::read(&Cpu { opmask_offset: 1088 });
-        for value in 0..0x400 {
-            let avx512 = value & AVX512;
-            let good = value & 1 == 1
-                && value & !0xe7 == 0
-                && !(value & AVX != 0 && value & SSE == 0)
-                && (avx512 == 0 || avx512 == AVX512 && value & AVX != 0);
-            assert_eq!(state.allows(value), good, "{value:#x}");
+    fn without_x87_and_sse_there_is_no_xsave() {
+        for mask in [0, 1, 2, 4, 5, 6] {
+            let cpu = |leaf: u32, subleaf: u32| match (leaf, subleaf) {
+                (0xd, 0) => CpuIdResult { eax: mask, ebx: 0, ecx: 0, edx: 0 },
+                _ => Cpu { opmask_offset: 1088 }.cpuid2(leaf, subleaf),
+            };
+            assert_eq!(XState::read(&cpu), XState::LEGACY, "{mask:#x}");
         }
-        assert!(!XState::LEGACY.allows(1));
+    }
+
+    proptest! {
+        /// SDM volume 1, section "Enabling the XSAVE Feature Set and XSAVE-Enabled Features": of
+        /// these components there are four combinations.
+        #[test]
+        fn xcr0_rules(mask in prop::sample::select(&[0u64, 3, 7, 0xe7]), high: u64) {
+            let state = XState { mask, ..XState::read(&Cpu { opmask_offset: 1088 }) };
+            for value in (0..0x400).chain([high, high & !0x3ff | 0xe7, mask | 1 << 63]) {
+                let legal = [0b1, 0b11, 0b111, 0b1110_0111].contains(&value);
+                prop_assert_eq!(state.allows(value), legal && value & !mask == 0, "{:#x}", value);
+            }
+        }
     }
 }

@@ -159,6 +159,7 @@ pub fn vmcs_region(caps: &Capabilities) -> Option<HostPhysAddr> {
 fn host_state(segments: &Segments, idt_base: u64) -> HostState {
     let SegmentSelector(cs) = segments.cs;
     HostState {
+        cpu: 0,
         cr0: Cr0::read_raw(),
         cr3: Cr3::read_raw().0.start_address().as_u64() | u64::from(Cr3::read_raw().1),
         cr4: Cr4::read_raw(),

@@ -78,14 +78,15 @@ impl CpuIdReader for Cpuid {
     }
 }
 
-/// All controls, the fixed bits of a common CPU, all activity states.
+/// All controls, the fixed bits of a common CPU (and NW and CD, which no check minds), all activity
+/// states.
 fn caps() -> Capabilities {
     let read = |number| {
         Ok::<_, ()>(match number {
             msr::BASIC => 1 << 55 | 6 << 50 | 0x12,
             msr::MISC => 7 << 6,
-            msr::CR0_FIXED0 => CR0_PG | CR0_NE | CR0_PE,
-            msr::CR0_FIXED1 => 0xffff_ffff,
+            msr::CR0_FIXED0 => CR0_PG | CR0_CD | CR0_NE | CR0_PE,
+            msr::CR0_FIXED1 => 0xffff_ffff & !CR0_NW,
             msr::CR4_FIXED0 => CR4_VMXE,
             msr::CR4_FIXED1 => 0x00ff_ffff,
             _ => 0xffff_ffff_0000_0000,
@@ -138,6 +139,8 @@ fn long() -> Recorded {
     vmcs.write(GUEST_IA32_EFER, EFER_LME | EFER_LMA | 1 << 11 | 1);
     vmcs.segment(CS, (0x08, 0, u32::MAX, 0xa09b));
     vmcs.segment(SS, (0, 0, 0, UNUSABLE));
+    vmcs.write(GUEST_GDTR_LIMIT, 0xffff);
+    vmcs.write(GUEST_IDTR_LIMIT, 0xffff);
     vmcs.write(GUEST_RIP, 0xffff_8000_0010_0000);
     vmcs.write(GUEST_FS_BASE, 0x7fff_ffff_ffff);
     vmcs.write(GUEST_GS_BASE, 0xffff_8000_0000_0000);
@@ -212,8 +215,8 @@ fn valid_states_pass() {
 /// Changes that only look wrong.
 #[test]
 fn valid_oddities_pass() {
-    let cases: [(&str, State, Change); 24] = [
-        ("NW and CD are not looked at", flat, |v| v.flip(GUEST_CR0, CR0_NW | CR0_CD)),
+    let cases: [(&str, State, Change); 29] = [
+        ("NW and CD are not looked at", flat, |v| v.flip(GUEST_CR0, CR0_NW)),
         ("PCIDE in IA-32e mode", long, |v| v.flip(GUEST_CR4, CR4_PCIDE)),
         ("CET with WP", flat, |v| {
             v.flip(GUEST_CR0, CR0_WP);
@@ -235,12 +238,18 @@ fn valid_oddities_pass() {
             v.flip(PRIMARY_CONTROLS, Primary::ACTIVATE_SECONDARY.bits().into());
             v.remove(SECONDARY_CONTROLS);
         }),
+        ("PDPTEs that paging does not use", flat, |v| v.flip(GUEST_CR4, CR4_PAE)),
+        ("PDPTEs in memory, without EPT", pae, |v| {
+            v.flip(SECONDARY_CONTROLS, Secondary::ENABLE_EPT.bits().into());
+            v.write(GUEST_PDPTE1, u64::MAX);
+        }),
         ("LME without LMA, unpaged", flat, |v| v.write(GUEST_IA32_EFER, EFER_LME)),
         ("RIP behind the lower half", long, |v| v.write(GUEST_RIP, 0x8000_0000_0000)),
         ("RPL is free in an unrestricted guest", flat, |v| {
             v.flip(GUEST_SS_SELECTOR, 3);
             v.flip(GUEST_DS_SELECTOR, 3);
         }),
+        ("conforming code at its DPL", flat, |v| v.write(GUEST_CS_ACCESS_RIGHTS, 0xc09f)),
         ("conforming code above its DPL", user, |v| v.write(GUEST_CS_ACCESS_RIGHTS, 0xa09f)),
         ("an unusable register may hold anything", flat, |v| {
             for register in [ES, SS, DS, FS, GS, LDTR] {
@@ -248,6 +257,9 @@ fn valid_oddities_pass() {
                 // All bits but the DPL of SS.
                 v.segment(register, (7, base, 0x0fff_0000, 0xffff_ff9f));
             }
+        }),
+        ("unusable code that cannot be read, with any RPL", restricted, |v| {
+            DATA_BUT_SS.iter().for_each(|&register| v.segment(register, (3, 0, 0, UNUSABLE | 8)));
         }),
         ("CS may be marked unusable", flat, |v| {
             v.flip(GUEST_CS_ACCESS_RIGHTS, rights::UNUSABLE);
@@ -274,6 +286,10 @@ fn valid_oddities_pass() {
         ("a machine check into shutdown", flat, |v| {
             v.write(GUEST_ACTIVITY_STATE, SHUTDOWN as u32);
             v.inject(EventKind::HardwareException, vector::MC);
+        }),
+        ("a debug exception into HLT", flat, |v| {
+            v.write(GUEST_ACTIVITY_STATE, HLT as u32);
+            v.inject(EventKind::HardwareException, vector::DB);
         }),
         ("a monitor trap pending in HLT", flat, |v| {
             v.write(GUEST_ACTIVITY_STATE, HLT as u32);
@@ -455,7 +471,7 @@ const SEGMENTS: [Case; 43] = [
     ),
 ];
 
-const REST: [Case; 40] = [
+const REST: [Case; 41] = [
     // GDTR and IDTR.
     (flat, |v| v.write(GUEST_GDTR_BASE, 1 << 48), "GUEST_GDTR_BASE, linear-address width"),
     (flat, |v| v.write(GUEST_IDTR_BASE, 1 << 63), "GUEST_IDTR_BASE, linear-address width"),
@@ -509,6 +525,14 @@ const REST: [Case; 40] = [
         |v| {
             v.write(GUEST_ACTIVITY_STATE, HLT as u32);
             v.inject(EventKind::HardwareException, vector::GP);
+        },
+        "GUEST_ACTIVITY_STATE, ENTRY_INTERRUPTION_INFO",
+    ),
+    (
+        flat,
+        |v| {
+            v.write(GUEST_ACTIVITY_STATE, HLT as u32);
+            v.inject(EventKind::Other, 1);
         },
         "GUEST_ACTIVITY_STATE, ENTRY_INTERRUPTION_INFO",
     ),
