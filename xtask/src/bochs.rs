@@ -196,7 +196,7 @@ impl Bochs {
 
     /// A command that runs it, with a library loaded before it.
     pub fn command(&self, preload: Option<&Path>) -> Command {
-        match &self.place {
+        let mut command = match &self.place {
             Place::Host(program) => {
                 let mut command = Command::new(program);
                 if let Some(library) = preload {
@@ -208,10 +208,14 @@ impl Bochs {
                 let mut command = root.command("usr/bin/bochs-bin", preload);
                 command
                     .env("LTDL_LIBRARY_PATH", root.libraries().join("bochs/plugins"))
-                    .env("BXSHARE", root.path().join("usr/share/bochs"));
+                    .env("BXSHARE", root.path().join("usr/share/bochs"))
+                    .env("TERMINFO", root.path().join("usr/share/terminfo"));
                 command
             }
-        }
+        };
+        // Its screen is drawn for a terminal of its own, whatever the user's is, or if there is none.
+        command.env("TERM", "vt100");
+        command
     }
 
     /// Writes the machine's configuration into its directory.

@@ -17,12 +17,21 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use crate::console::{self, Step};
 
 /// Name of the directory. To be changed with what stands in it.
-const NAME: &str = "emulators-1";
+const NAME: &str = "emulators-2";
 /// The Debian release that has Bochs 3.1.
 const SUITE: &str = "forky";
-/// What is fetched; the rest is what these depend on.
-const PACKAGES: &[&str] =
-    &["bochs", "bochs-term", "bochsbios", "vgabios", "qemu-system-x86", "seabios", "ovmf"];
+/// What is fetched; the rest is what these depend on. `ncurses-base` describes the terminal for which
+/// Bochs draws its screen.
+const PACKAGES: &[&str] = &[
+    "bochs",
+    "bochs-term",
+    "bochsbios",
+    "vgabios",
+    "ncurses-base",
+    "qemu-system-x86",
+    "seabios",
+    "ovmf",
+];
 /// Directory of the shared libraries, and of the loader that finds them.
 const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
 /// Without these the root is of no use.
@@ -32,6 +41,7 @@ const NEEDED: &[&str] = &[
     "usr/lib/x86_64-linux-gnu/bochs/plugins/libbx_term_gui.so",
     "usr/share/bochs/BIOS-bochs-latest",
     "usr/share/bochs/VGABIOS-lgpl-latest",
+    "usr/share/terminfo/v/vt100",
     "usr/bin/qemu-system-x86_64",
     "usr/share/seabios/bios-256k.bin",
     "usr/share/OVMF/OVMF_CODE_4M.fd",
@@ -149,7 +159,7 @@ fn fetch(directory: &Path) -> Result<Root> {
 
     let mut command = mmdebstrap();
     console::verbose(&format!("$ {}", console::render(&command)));
-    let step = Step::start("fetching Bochs and QEMU (about 130 MB, once)");
+    let step = Step::start("fetching Bochs and QEMU into the cache (400 MB, once)");
     let mut child =
         command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn()?;
     let (archive, messages) = child.stdout.take().zip(child.stderr.take()).context("no pipes")?;

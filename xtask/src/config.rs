@@ -45,6 +45,9 @@ pub struct Vm {
     /// A stricter mode than the host's.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub policy: Option<SldMode>,
+    /// After how many ticks of the time-stamp counter it is ended.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub limit_ticks: Option<u64>,
     /// Its command line.
     pub cmdline: String,
 }
@@ -81,6 +84,7 @@ impl Vm {
             memory_mib: guest.memory_mib,
             expose_sld: guest.expose_sld,
             policy: None,
+            limit_ticks: guest.limit_ticks(),
             cmdline: String::new(),
         }
     }
@@ -195,6 +199,7 @@ fn guest(name: &str, expose_sld: bool) -> Result<(Vm, Source)> {
         memory_mib: UNKNOWN_GUEST_MEMORY,
         expose_sld,
         policy: None,
+        limit_ticks: None,
         cmdline: String::new(),
     };
     Ok((vm, Source::File(path.to_owned())))

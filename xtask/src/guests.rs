@@ -29,6 +29,8 @@ pub enum End {
     TripleFault,
     /// Halted where nothing can wake it.
     Halt,
+    /// Stopped after the time that its VM had.
+    TimeLimit,
 }
 
 impl End {
@@ -39,6 +41,7 @@ impl End {
             Self::SplitLock => "split lock",
             Self::TripleFault => "triple fault",
             Self::Halt => "halt",
+            Self::TimeLimit => "time limit",
         }
     }
 
@@ -56,7 +59,7 @@ impl End {
 pub struct Expected {
     /// How it ends.
     pub end: End,
-    /// Number of `ac` events with verdict `inject`.
+    /// Number of `ac` events with verdict `inject`; the least number where a time limit ends it.
     pub inject: u32,
     /// Number of `ac` events with verdict `warn`.
     pub warn: u32,
@@ -79,6 +82,10 @@ const fn status(code: u8) -> u8 {
     code << 1 | 1
 }
 
+/// Time of a guest that would not end, and #AC that it has in it at least.
+const LIMIT_TICKS: u64 = 3_000_000;
+const MANY: u32 = 100;
+
 /// How a guest deals with split locks; with the [`Situation`] it says what happens.
 #[derive(Clone, Copy, Debug)]
 enum Behaviour {
@@ -95,6 +102,8 @@ enum Behaviour {
     /// That many split locks as of [`Behaviour::Unaware`], and that many #AC of legacy alignment
     /// checking besides, none of which comes first.
     Mixed(u32, u32),
+    /// #AC of legacy alignment checking without end.
+    LegacyForEver,
     /// No #AC, and always the same end.
     None(End),
 }
@@ -126,6 +135,11 @@ impl Guest {
 
     const fn in_demo(self) -> Self {
         Self { demo: true, ..self }
+    }
+
+    /// How long its VM may run, in ticks of the time-stamp counter, if it does not end by itself.
+    pub fn limit_ticks(&self) -> Option<u64> {
+        matches!(self.behaviour, Behaviour::LegacyForEver).then_some(LIMIT_TICKS)
     }
 
     /// What a run of it shows.
@@ -165,6 +179,9 @@ impl Guest {
             }
             (Behaviour::LegacyAndAware(faults), Warn | Fatal) => {
                 Expected { inject: 2 * faults, faulted: faults, ..nothing }
+            }
+            (Behaviour::LegacyForEver, _) => {
+                Expected { end: End::TimeLimit, inject: MANY, ..nothing }
             }
             (Behaviour::None(end), _) => Expected { end, ..nothing },
         }
@@ -226,6 +243,12 @@ pub const GUESTS: &[Guest] = &[
     )
     .in_demo(),
     Guest::new(
+        "ac-delivery",
+        "events whose delivery raises #AC, and that arrive after it",
+        Behaviour::Legacy(9),
+    ),
+    Guest::new("ac-loop", "#AC whose delivery raises #AC, for ever", Behaviour::LegacyForEver),
+    Guest::new(
         "verdict-rows",
         "split locks at all privilege levels, with all of CR0.AM and EFLAGS.AC",
         // Three at each of 24 places, two of which are under legacy alignment checking.
@@ -249,9 +272,10 @@ pub const GUESTS: &[Guest] = &[
         Behaviour::None(End::Exit(SUCCESS)),
     ),
     Guest::new(
-        "xmm",
-        "XMM registers and MXCSR across VM exits",
-        Behaviour::None(End::Exit(SUCCESS)),
+        "registers",
+        "every register across every kind of exit and the turns of others",
+        // One #AC of its own a round.
+        Behaviour::Legacy(4),
     ),
     Guest::new(
         "isolation",

@@ -143,7 +143,9 @@ pub fn run(args: &RunArgs) -> Result<()> {
         }
     }
     let outcome = recording.parse()?;
-    println!("\n{}", report::table(&outcome.events));
+    if outcome.events.iter().any(|event| event.vm().is_some()) {
+        println!("\n{}", report::table(&outcome.events));
+    }
     match report::judge(&outcome) {
         Ok(()) => Ok(()),
         Err(why) => bail!("{why}"),

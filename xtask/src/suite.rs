@@ -49,7 +49,8 @@ fn sections(filter: Option<&str>, total: &mut Count) -> Result<()> {
 
     section("Host tests");
     let mut host = cargo();
-    host.args(["test", "--workspace", "--exclude", "machine-tests"]).args(filter);
+    // Behind `--`: given to cargo itself, a filter would make it build what is not built for tests.
+    host.args(["test", "--workspace", "--exclude", "machine-tests", "--"]).args(filter);
     count_tests(&mut host, total)?;
 
     section("Build");
@@ -62,7 +63,7 @@ fn sections(filter: Option<&str>, total: &mut Count) -> Result<()> {
 
     section("Machine tests");
     let mut machines = cargo();
-    machines.args(["test", "--package", "machine-tests"]).args(filter);
+    machines.args(["test", "--package", "machine-tests", "--"]).args(filter);
     count_tests(&mut machines, total)?;
     if filter.is_some() && *total == Count::default() {
         bail!("no test has {filter:?} in its name");

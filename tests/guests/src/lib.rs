@@ -9,6 +9,7 @@
 //! * [`ring::in_ring`] runs a closure at CPL 1, 2 or 3;
 //! * [`split`] performs locked accesses and checks every effect they have;
 //! * [`sixteen`] does so in real mode and in virtual-8086 mode;
+//! * [`protected`] is for what long mode does not do;
 //! * [`console`] prints, [`exit`] ends the machine.
 //!
 //! A guest defines its main function with [`guest!`]. Returning `Ok` ends the machine with
@@ -22,8 +23,9 @@ pub mod cpu;
 pub mod exit;
 mod mem;
 pub mod paging;
+pub mod protected;
 pub mod ring;
-mod segments;
+pub mod segments;
 pub mod sixteen;
 pub mod split;
 pub mod trap;

@@ -7,12 +7,12 @@ use core::mem::size_of;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 /// Selector of ring `ring`'s 64-bit code segment, its RPL included.
-pub(crate) const fn code(ring: u16) -> u16 {
+pub const fn code(ring: u16) -> u16 {
     (0x08 + 0x10 * ring) | ring
 }
 
 /// Selector of ring `ring`'s data segment, its RPL included.
-pub(crate) const fn data(ring: u16) -> u16 {
+pub const fn data(ring: u16) -> u16 {
     (0x10 + 0x10 * ring) | ring
 }
 

@@ -9,6 +9,10 @@ use crate::{cpu, exit, println, ring};
 
 /// Vectors that the guests speak of (SDM volume 3, "Exceptions and Interrupts Reference").
 pub mod vector {
+    /// #DB
+    pub const DEBUG: u8 = 1;
+    /// #BP
+    pub const BREAKPOINT: u8 = 3;
     /// #UD
     pub const INVALID_OPCODE: u8 = 6;
     /// #DF

@@ -322,10 +322,15 @@ program! {
 }
 
 program! {
-    /// Says one letter and faults without an interrupt table.
+    /// Says one letter, to the end, and faults without an interrupt table.
     triple_fault, sector_triple_fault, sector_triple_fault_end,
     "movb $'S', %al"
     "int $0x40"
+    "movw $0x3fd, %dx"
+    "1:"
+    "inb %dx, %al"
+    "testb $0x40, %al"
+    "jz 1b"
     "lidtw 2f - sector_triple_fault + 0x7e00"
     "int $3"
     "2:"

@@ -18,7 +18,7 @@ pub fn trials() -> Vec<Trial> {
 }
 
 fn silent() -> Result<()> {
-    let config = MachineConfig { timeout: Duration::from_secs(3), ..MachineConfig::default() };
+    let config = MachineConfig { timeout: Duration::from_secs(5), ..MachineConfig::default() };
     let outcome = run(&Disk::with(&sector::disk(sector::silent()))?, config)?;
     check(&outcome, matches!(outcome.exit, Exit::TimedOut { .. }), "not stopped")?;
     check_eq(&outcome, "last output", outcome.serial.as_str(), "S")

@@ -11,6 +11,7 @@ mod operations;
 mod refusals;
 mod sharing;
 mod shim;
+mod vcpu;
 mod verdicts;
 mod vms;
 
@@ -23,6 +24,7 @@ fn main() -> ExitCode {
         guests::trials(),
         verdicts::trials(),
         sharing::trials(),
+        vcpu::trials(),
         bench::trials(),
     ];
     let trials = parts.into_iter().flatten().collect();

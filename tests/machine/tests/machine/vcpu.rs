@@ -1,0 +1,110 @@
+//! What a vCPU is to its guest: registers that nothing changes, events that arrive, and time for the
+//! others whatever it does.
+
+use std::collections::BTreeMap;
+
+use anyhow::{Context, Result, bail, ensure};
+use libtest_mimic::Trial;
+use machine_tests::hypervisor::{boot_guests, check_guest, check_orderly, make};
+use machine_tests::trial;
+use xtask::config::{SldMode, Vm};
+use xtask::events::Body;
+use xtask::guests::{self, Guest, SUCCESS, Situation};
+use xtask::machine::{MachineConfig, RunOutcome};
+
+use crate::vms::{Vms, on};
+
+pub fn trials() -> Vec<Trial> {
+    let mut trials = vec![trial("vcpu::an_endless_ac_leaves_the_others_their_time", endless)];
+    for (name, model) in [("avx", "arrow_lake"), ("avx512", "sapphire_rapids")] {
+        let machine = || MachineConfig { model: model.to_owned(), ..MachineConfig::default() };
+        let (alone, shared) = (machine(), machine());
+        trials.extend([
+            trial(format!("vcpu::registers_alone_{name}"), move || registers(&[1], alone)),
+            trial(format!("vcpu::registers_of_three_{name}"), move || {
+                registers(&[2, 3, 4], shared)
+            }),
+        ]);
+    }
+    trials
+}
+
+/// Rounds of the guest `registers`: in each it works for several slices.
+const ROUNDS: u64 = 30;
+const SLICE_TICKS: u64 = 20_000;
+/// Switches of each of several VMs, at least.
+const SWITCHES: u64 = 200;
+/// Every way to leave the guest that it goes. With PAUSE the VM gives its time away.
+const EXITS: [&str; 15] = [
+    "exception",
+    "cpuid",
+    "rdmsr",
+    "wrmsr",
+    "rdpmc",
+    "vmcall",
+    "io",
+    "ept-violation",
+    "monitor-trap-flag",
+    "cr-access",
+    "wbinvd",
+    "invd",
+    "xsetbv",
+    "preemption-timer",
+    "pause",
+];
+
+fn registers(seeds: &[u64], config: MachineConfig) -> Result<()> {
+    let guest = find("registers")?;
+    let name = |seed: u64| format!("{}-{seed}", guest.name);
+    let vms = seeds.iter().map(|&seed| Vm {
+        name: name(seed),
+        cmdline: format!("seed={seed} rounds={ROUNDS}"),
+        ..Vm::of_guest(guest)
+    });
+    let vms = Vms { guest, sld: SldMode::Warn, slice_ticks: SLICE_TICKS, vms: vms.collect() };
+    let machine = format!("{}, seeds {seeds:?}", config.model);
+    let outcome = vms.run(config)?;
+    let judge = || {
+        for &seed in seeds {
+            let (reason, status, exits) = end_of(&outcome, &name(seed))?;
+            ensure!((reason, status) == ("exit", Some(SUCCESS.into())), "{reason}, {status:?}");
+            let missing: Vec<_> = EXITS.iter().filter(|exit| !exits.contains_key(**exit)).collect();
+            ensure!(missing.is_empty(), "no exits: {missing:?}");
+            let switches = exits["preemption-timer"];
+            ensure!(seeds.len() == 1 || switches > SWITCHES, "interrupted only {switches} times");
+        }
+        Ok(())
+    };
+    judge().map_err(|why| on(&machine, &outcome, why))
+}
+
+/// CVE-2015-5307.
+fn endless() -> Result<()> {
+    let guests = [find("ac-loop")?, find("controls")?, find("ac-delivery")?];
+    let (sld, config) = make(Situation::Warn);
+    let outcome = boot_guests(sld, &guests, config)?;
+    check_orderly(&outcome)?;
+    for guest in guests {
+        check_guest(&outcome, guest, Situation::Warn)?;
+    }
+    Ok(())
+}
+
+fn find(name: &str) -> Result<&'static Guest> {
+    guests::find(name).with_context(|| format!("no guest {name}"))
+}
+
+/// Reason, status and exits of a VM.
+fn end_of<'a>(
+    outcome: &'a RunOutcome,
+    name: &str,
+) -> Result<(&'a str, Option<u32>, &'a BTreeMap<String, u64>)> {
+    for event in &outcome.events {
+        if let Body::VmEnd { vm, reason, status, counters } = &event.body
+            && vm == name
+        {
+            return Ok((reason, *status, &counters.exits));
+        }
+    }
+    bail!("{name} has no end")
+}
