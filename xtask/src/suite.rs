@@ -65,7 +65,9 @@ fn sections(filter: Option<&str>, total: &mut Count) -> Result<()> {
     let mut machines = cargo();
     machines.args(["test", "--package", "machine-tests", "--"]).args(filter);
     count_tests(&mut machines, total)?;
-    if filter.is_some() && *total == Count::default() {
+    if let Some(filter) = filter
+        && *total == Count::default()
+    {
         bail!("no test has {filter:?} in its name");
     }
     Ok(())
