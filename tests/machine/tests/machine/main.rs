@@ -6,6 +6,7 @@ use libtest_mimic::Arguments;
 
 mod bench;
 mod guests;
+mod inputs;
 mod machines;
 mod operations;
 mod refusals;
@@ -21,6 +22,7 @@ fn main() -> ExitCode {
         shim::trials(),
         machines::trials(),
         refusals::trials(),
+        inputs::trials(),
         guests::trials(),
         verdicts::trials(),
         sharing::trials(),
