@@ -54,6 +54,8 @@ pub mod register {
 
 /// SVR bit 8: the APIC is enabled by software.
 const SVR_ENABLED: u32 = 1 << 8;
+/// LVT timer bit 18: TSC-deadline mode.
+const LVT_TSC_DEADLINE: u32 = 1 << 18;
 /// LVT bit 16: masked.
 const LVT_MASKED: u32 = 1 << 16;
 /// Version 0x14, seven LVT entries (highest index 6).
@@ -251,7 +253,12 @@ impl LocalApic {
                     self.isr.set(vector, false);
                 }
             }
-            register::SVR => self.svr = bits(0x1ff)?,
+            register::SVR => {
+                self.svr = bits(0x1ff)?;
+                self.lvt_timer |= self.forced_mask();
+                let mask = self.forced_mask();
+                self.lvt.iter_mut().for_each(|entry| *entry |= mask);
+            }
             register::ESR => {
                 bits(0)?;
             }
@@ -264,11 +271,16 @@ impl LocalApic {
                 return Ok(Command::Ipi(Ipi(value)));
             }
             register::LVT_TIMER => {
-                self.lvt_timer = bits(0x0007_00ff)?;
-                self.deadline = None;
+                let value = bits(0x0007_00ff)? | self.forced_mask();
+                let before = core::mem::replace(&mut self.lvt_timer, value);
+                // Into or out of TSC-deadline mode: what was armed means nothing any more.
+                if (before ^ value) & LVT_TSC_DEADLINE != 0 {
+                    self.deadline = None;
+                }
             }
             register::LVT_THERMAL..=register::LVT_ERROR => {
-                self.lvt[(register - register::LVT_THERMAL) as usize] = bits(0x0001_a7ff)?;
+                let value = bits(0x0001_a7ff)? | self.forced_mask();
+                self.lvt[(register - register::LVT_THERMAL) as usize] = value;
             }
             register::INITIAL_COUNT => {
                 self.initial_count = bits(u32::MAX)?;
@@ -285,6 +297,12 @@ impl LocalApic {
             _ => return Err(Gp),
         }
         Ok(Command::Done)
+    }
+
+    /// While software has disabled the APIC, all LVT entries are masked and stay so: section
+    /// "Local APIC State After It Has Been Software Disabled".
+    const fn forced_mask(&self) -> u32 {
+        if self.svr & SVR_ENABLED == 0 { LVT_MASKED } else { 0 }
     }
 
     /// IA32_TSC_DEADLINE.
@@ -465,6 +483,23 @@ mod tests {
         assert_eq!((apic.tsc_deadline(), apic.read(CURRENT_COUNT, 0)), (77, Some(0)));
         apic.tick(77);
         assert_eq!((apic.deliverable(), apic.tsc_deadline()), (Some(0x42), 0));
+    }
+
+    #[test]
+    fn masking_does_not_stop_the_timer_and_disabling_masks() {
+        let mut apic = enabled();
+        for (register, value) in [(LVT_TIMER, 0x40), (DIVIDE, 0xb), (INITIAL_COUNT, 100)] {
+            assert_eq!(apic.write(register, value, 0), Ok(Command::Done));
+        }
+        assert_eq!(apic.write(LVT_TIMER, 0x1_0041, 10), Ok(Command::Done));
+        assert_eq!(apic.read(CURRENT_COUNT, 10), Some(90));
+        apic.tick(100);
+        assert_eq!(apic.deliverable(), None);
+        assert_eq!(apic.write(LVT_TIMER, 0x41, 0), Ok(Command::Done));
+        assert_eq!(apic.write(SVR, 0xff, 0), Ok(Command::Done));
+        assert_eq!(apic.read(LVT_TIMER, 0), Some(0x1_0041));
+        assert_eq!(apic.write(LVT_ERROR, 0x20, 0), Ok(Command::Done));
+        assert_eq!(apic.read(LVT_ERROR, 0), Some(0x1_0020));
     }
 
     #[test]

@@ -432,7 +432,9 @@ impl Loaded<'_> {
 
     /// Whether a vCPU that has executed HLT may go on: only an event ends it.
     fn stay_halted(&mut self) -> Handled {
-        if !self.vcpu.halted || self.vcpu.pending_nmi || self.entry_event().is_valid() {
+        let nmi =
+            self.vcpu.pending_nmi && self.vmcs.read(GUEST_INTERRUPTIBILITY) & BLOCKING_NMI == 0;
+        if !self.vcpu.halted || nmi || self.entry_event().is_valid() {
             self.vcpu.halted = false;
             return Ok(());
         }
