@@ -265,6 +265,21 @@ struct Running<'a> {
 }
 
 impl Running<'_> {
+    /// Tells people of a task's first split lock. All of them are counted, told or not.
+    #[cold]
+    fn warn(&mut self, report: &AcReport) {
+        let Some(left) = self.cpu.warnings_left.checked_sub(1) else { return };
+        self.cpu.warnings_left = left;
+        log::warn!(
+            "VM {}, vCPU 0: split lock at RIP {:#x}, CPL {}, on CPU {}: detection is off for this \
+             task from now on",
+            self.guest.name,
+            report.rip,
+            report.context.cpl,
+            self.cpu.index
+        );
+    }
+
     fn note(&mut self, written: Written) {
         if let Ok(Some(_)) = written {
             self.guest.real_bit_writes += 1;
@@ -301,21 +316,12 @@ impl Host for Running<'_> {
         self.guest.unmap_holes();
     }
 
+    #[inline(always)]
     fn on_ac(&mut self, report: &AcReport) {
-        let name = self.guest.name;
         self.guest.count(report.verdict);
-        self.cpu.events.push(Some(name), Event::Ac(*report));
-        if let Verdict::Warn { first: true, .. } = report.verdict
-            && let Some(left) = self.cpu.warnings_left.checked_sub(1)
-        {
-            self.cpu.warnings_left = left;
-            log::warn!(
-                "VM {name}, vCPU 0: split lock at RIP {:#x}, CPL {}, on CPU {}: detection is \
-                     off for this task from now on",
-                report.rip,
-                report.context.cpl,
-                self.cpu.index
-            );
+        self.cpu.events.push(Some(self.guest.name), Event::Ac(*report));
+        if let Verdict::Warn { first: true, .. } = report.verdict {
+            self.warn(report);
         }
     }
 

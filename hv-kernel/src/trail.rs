@@ -1,7 +1,7 @@
 //! The last exits of a CPU, for the panic message.
 
 use core::fmt;
-use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use core::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 
 use vmx::exit::BasicReason;
 
@@ -10,12 +10,15 @@ const LENGTH: usize = 16;
 
 /// A ring of the last exits. Written by one CPU, read by a panic on the same.
 pub struct Trail {
-    /// Where the next one goes.
-    next: AtomicUsize,
+    /// Where the next one goes, in sixteenths of a place, so that it wraps around by itself.
+    next: AtomicU8,
     /// Reason and guest RIP; the reason is [`NONE`] where there was no exit yet.
     exits: [[AtomicU64; 2]; LENGTH],
 }
 
+/// What [`Trail`] counts a place as.
+const PLACE: u8 = 16;
+const _: () = assert!(LENGTH * PLACE as usize == 256);
 /// No exit reason.
 const NONE: u64 = u64::MAX;
 
@@ -23,24 +26,24 @@ impl Trail {
     /// An empty one.
     pub const fn new() -> Self {
         let exits = [const { [AtomicU64::new(NONE), AtomicU64::new(0)] }; LENGTH];
-        Self { next: AtomicUsize::new(0), exits }
+        Self { next: AtomicU8::new(0), exits }
     }
 
     /// Adds an exit. There is one writer, so no locked instruction is needed.
     #[inline(always)]
     pub fn push(&self, reason: BasicReason, rip: u64) {
-        let next = self.next.load(Ordering::Relaxed) % LENGTH;
-        let [latest, address] = &self.exits[next];
+        let next = self.next.load(Ordering::Relaxed);
+        let [latest, address] = &self.exits[usize::from(next / PLACE)];
         latest.store(reason.0.into(), Ordering::Relaxed);
         address.store(rip, Ordering::Relaxed);
-        self.next.store(next + 1, Ordering::Relaxed);
+        self.next.store(next.wrapping_add(PLACE), Ordering::Relaxed);
     }
 }
 
 impl fmt::Display for Trail {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "last VM exits, the newest first:")?;
-        let next = self.next.load(Ordering::Relaxed);
+        let next = usize::from(self.next.load(Ordering::Relaxed) / PLACE);
         for index in (next..next + LENGTH).rev() {
             let [reason, rip] = &self.exits[index % LENGTH];
             let reason = reason.load(Ordering::Relaxed);

@@ -128,13 +128,18 @@ const XSAVEC: u32 = 1 << 1;
 /// Leaf 7, EDX: IA32_CORE_CAPABILITIES exists.
 const CORE_CAPABILITIES: u32 = 1 << 30;
 
-/// Basic leaves whose answer depends on the subleaf, and 1 and 0xd are the caller's besides.
-const SUBLEAVED: [u32; 3] = [4, 7, 0xb];
+/// Rows for basic leaves: a power of two, for quick look-up.
+const BASIC_ROWS: usize = 32;
+const _: () = assert!(MAX_BASIC < BASIC_ROWS as u32);
+/// Basic leaves whose answer depends on the subleaf or on the guest's state.
+const NOT_PLAIN: u32 = bits(&[1, 4, 7, 0xb, 0xd]);
 
 /// The answers for one VM.
 #[derive(Debug, Clone)]
 pub struct CpuidTable {
-    basic: [CpuIdResult; MAX_BASIC as usize + 1],
+    basic: [CpuIdResult; BASIC_ROWS],
+    /// Bit n: the answer to basic leaf n is `basic[n]`, whatever the subleaf and the guest's state.
+    plain: u32,
     /// Cache parameters (leaf 4), by subleaf.
     cache: [CpuIdResult; SUBLEAVES],
     extended: [CpuIdResult; (MAX_EXTENDED & 0xff) as usize + 1],
@@ -148,7 +153,8 @@ impl CpuidTable {
     /// Asks the CPU and filters.
     pub fn new(cpu: &impl CpuIdReader, offer: Offer) -> Self {
         let mut table = Self {
-            basic: [ZERO; MAX_BASIC as usize + 1],
+            basic: [ZERO; BASIC_ROWS],
+            plain: 0,
             cache: [ZERO; SUBLEAVES],
             extended: [ZERO; (MAX_EXTENDED & 0xff) as usize + 1],
             hypervisor: ZERO,
@@ -160,6 +166,7 @@ impl CpuidTable {
         let max_basic = vendor.eax.min(MAX_BASIC);
         let max_extended = extended.eax.clamp(0x8000_0000, MAX_EXTENDED);
         table.basic[0] = CpuIdResult { eax: max_basic, ..vendor };
+        table.plain = (1..=max_basic).fold(1, |plain, leaf| plain | 1 << leaf) & !NOT_PLAIN;
         table.extended[0] = CpuIdResult { eax: max_extended, ..ZERO };
         for filter in &FILTERS {
             let (rows, max) = if filter.leaf >> 31 == 0 {
@@ -262,22 +269,20 @@ impl CpuidTable {
         }
     }
 
+    /// The answer to a basic leaf that needs no more than a look.
+    #[inline(always)]
+    pub fn plain(&self, leaf: u32) -> Option<&CpuIdResult> {
+        let plain = leaf < BASIC_ROWS as u32 && self.plain >> leaf & 1 != 0;
+        plain.then(|| &self.basic[leaf as usize % BASIC_ROWS])
+    }
+
     /// The answer to EAX = `leaf`, ECX = `subleaf`. A leaf above the highest basic one answers as
     /// the highest basic one does, as Intel's CPUs do. [`OSXSAVE`] and leaf 0xd
     /// ([`Self::extended_state`]) depend on the guest's state, and are the caller's.
-    #[inline]
     pub fn answer(&self, leaf: u32, subleaf: u32) -> &CpuIdResult {
-        if leaf <= self.basic[0].eax && !SUBLEAVED.contains(&leaf) {
-            &self.basic[leaf as usize % self.basic.len()]
-        } else {
-            self.other_answer(leaf, subleaf)
-        }
-    }
-
-    /// What is asked for less often.
-    #[inline(never)]
-    fn other_answer(&self, leaf: u32, subleaf: u32) -> &CpuIdResult {
         match leaf {
+            1.. if self.plain(leaf).is_some() => &self.basic[leaf as usize % BASIC_ROWS],
+            0 | 1 => &self.basic[leaf as usize],
             4 => self.cache.get(subleaf as usize).unwrap_or(&ZERO),
             7 if subleaf == 0 && self.basic[0].eax >= 7 => &self.basic[7],
             7 if self.basic[0].eax >= 7 => &ZERO,
@@ -297,7 +302,7 @@ impl CpuidTable {
             4 => self.cache.get(subleaf as usize).unwrap_or(&ZERO),
             7 if subleaf != 0 => &ZERO,
             0xb => &self.topology[(subleaf as usize).min(2)],
-            highest => &self.basic[highest as usize % self.basic.len()],
+            highest => &self.basic[highest as usize % BASIC_ROWS],
         }
     }
 

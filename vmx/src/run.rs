@@ -231,9 +231,10 @@ impl Loaded<'_> {
     #[inline(always)]
     fn handle(&mut self, host: &mut impl Host, reason: BasicReason) -> Handled {
         self.vcpu.counters.count(reason);
-        host.on_exit(reason, self.vmcs.read(GUEST_RIP));
+        let rip = self.vmcs.read(GUEST_RIP);
+        host.on_exit(reason, rip);
         match reason {
-            BasicReason::CPUID => self.cpuid(),
+            BasicReason::CPUID => self.cpuid(rip),
             BasicReason::RDMSR => self.rdmsr(host),
             BasicReason::WRMSR => self.wrmsr(host)?,
             BasicReason::IO => self.io(host)?,
@@ -301,6 +302,12 @@ impl Loaded<'_> {
     #[inline(always)]
     fn skip_instruction(&mut self) {
         let rip = self.vmcs.read(GUEST_RIP);
+        self.skip_instruction_at(rip);
+    }
+
+    /// The same where RIP is known already.
+    #[inline(always)]
+    fn skip_instruction_at(&mut self, rip: u64) {
         let mut next = rip.wrapping_add(u64::from(self.vmcs.read(EXIT_INSTRUCTION_LENGTH)));
         if (rip ^ next) >> 32 != 0 && !self.in_64_bit_mode() {
             next &= 0xffff_ffff;
@@ -317,22 +324,30 @@ impl Loaded<'_> {
     }
 
     #[inline(always)]
-    fn cpuid(&mut self) {
-        let registers = &self.vcpu.state.registers;
-        let (leaf, subleaf) = (registers[RAX] as u32, registers[RCX] as u32);
-        let CpuIdResult { eax, ebx, mut ecx, edx } = match leaf {
-            0xd => self.vcpu.cpuid.extended_state(subleaf, self.xcr0()),
-            _ => *self.vcpu.cpuid.answer(leaf, subleaf),
+    fn cpuid(&mut self, rip: u64) {
+        let leaf = self.vcpu.state.registers[RAX] as u32;
+        let CpuIdResult { eax, ebx, ecx, edx } = match self.vcpu.cpuid.plain(leaf) {
+            Some(answer) => *answer,
+            None => self.other_cpuid(leaf, self.vcpu.state.registers[RCX] as u32),
         };
-        if leaf == 1 && self.vmcs.read(GUEST_CR4) & CR4_OSXSAVE != 0 {
-            ecx |= OSXSAVE;
-        }
         let registers = &mut self.vcpu.state.registers;
         registers[RAX] = eax.into();
         registers[RBX] = ebx.into();
         registers[RCX] = ecx.into();
         registers[RDX] = edx.into();
-        self.skip_instruction();
+        self.skip_instruction_at(rip);
+    }
+
+    #[inline(never)]
+    fn other_cpuid(&self, leaf: u32, subleaf: u32) -> CpuIdResult {
+        if leaf == 0xd {
+            return self.vcpu.cpuid.extended_state(subleaf, self.xcr0());
+        }
+        let mut answer = *self.vcpu.cpuid.answer(leaf, subleaf);
+        if leaf == 1 && self.vmcs.read(GUEST_CR4) & CR4_OSXSAVE != 0 {
+            answer.ecx |= OSXSAVE;
+        }
+        answer
     }
 
     fn rdmsr(&mut self, _: &mut impl Host) {
