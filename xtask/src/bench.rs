@@ -87,6 +87,7 @@ const ROWS: &[Row] = &[
     row("ept_fill_2m", "first touch of a 2 MiB page", Some(450), "3260"),
     row("ac_legacy", "#AC by legacy alignment checking", Some(250), "1740"),
     row("ac_split_lock", "#AC by the guest's own split-lock detection", Some(250), ""),
+    row("hlt_pending", "STI and HLT with an interrupt pending, and its handler", None, ""),
     row(SWITCH, "from one vCPU's exit to another's entry", Some(700), ""),
 ];
 

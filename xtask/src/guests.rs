@@ -245,7 +245,7 @@ pub const GUESTS: &[Guest] = &[
     Guest::new(
         "ac-delivery",
         "events whose delivery raises #AC, and that arrive after it",
-        Behaviour::Legacy(9),
+        Behaviour::Legacy(10),
     ),
     Guest::new("ac-loop", "#AC whose delivery raises #AC, for ever", Behaviour::LegacyForEver),
     Guest::new(
@@ -276,6 +276,12 @@ pub const GUESTS: &[Guest] = &[
         "every register across every kind of exit and the turns of others",
         // One #AC of its own a round.
         Behaviour::Legacy(4),
+    ),
+    Guest::new(
+        "apic",
+        "local APIC: IPIs, NMIs, priorities, the timer, HLT",
+        // An interrupt waits for its handler.
+        Behaviour::Legacy(1),
     ),
     Guest::new(
         "isolation",

@@ -2,7 +2,7 @@
 //! status whether they saw it.
 //!
 //! A guest is entered by the PVH protocol (32-bit, paging off), runs in long mode at CPL 0 with all
-//! of its memory mapped one to one and usable at every CPL, and never enables interrupts. What it
+//! of its memory mapped one to one and usable at every CPL, and does not enable interrupts. What it
 //! offers its tests:
 //!
 //! * [`probe!`] runs an instruction that may fault and says what happened ([`trap`]);

@@ -1,4 +1,5 @@
-//! Exceptions: the IDT, what an exception was, and instructions that are allowed to raise one.
+//! Exceptions and interrupts: the IDT, what an exception was, and instructions that are allowed to
+//! raise one.
 
 use core::arch::global_asm;
 use core::fmt;
@@ -11,6 +12,8 @@ use crate::{cpu, exit, println, ring};
 pub mod vector {
     /// #DB
     pub const DEBUG: u8 = 1;
+    /// NMI
+    pub const NMI: u8 = 2;
     /// #BP
     pub const BREAKPOINT: u8 = 3;
     /// #UD
@@ -215,7 +218,8 @@ unsafe extern "C" {
     safe static exception_stubs: u8;
 }
 
-/// Two words for each vector up to [`vector::RETURN`].
+/// Two words for each vector up to [`vector::RETURN`]. Those of interrupts, from 32 on, are not
+/// present unless [`with_handler`] makes them so.
 static IDT: Table<{ 2 * (vector::RETURN as usize + 1) }> =
     Table([const { AtomicU64::new(0) }; 2 * (vector::RETURN as usize + 1)]);
 
@@ -239,7 +243,8 @@ pub(crate) fn init() {
     load_idt();
 }
 
-/// Runs `f` while `handler` instead of the runtime takes the exceptions of this vector (0..=31).
+/// Runs `f` while `handler` takes the exceptions or interrupts of this vector (0..=0x7F), instead of
+/// the runtime or of nobody.
 ///
 /// # Safety
 ///
@@ -250,9 +255,13 @@ pub unsafe fn with_handler<R>(
     handler: unsafe extern "C" fn(),
     f: impl FnOnce() -> R,
 ) -> R {
+    let gate = [0, 1].map(|word| &IDT.0[2 * usize::from(vector) + word]);
+    let before = gate.map(|word| word.load(Ordering::Relaxed));
     set_gate(vector, handler as *const () as u64, IST_EXCEPTION, 0);
     let result = f();
-    set_runtime_gate(vector);
+    for (word, before) in gate.iter().zip(before) {
+        word.store(before, Ordering::Relaxed);
+    }
     result
 }
 

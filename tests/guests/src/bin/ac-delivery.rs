@@ -1,8 +1,9 @@
 //! #AC while an event is being delivered: in ring 3 of protected mode, with alignment checking on
-//! and ESP misaligned, an INT 0x80, an INT3 and a #UD whose gates stay in ring 3 push what they
-//! push. The handler of #AC aligns ESP, and each of them has to arrive then, once.
+//! and ESP misaligned, an INT 0x80, an INT3, a #UD and an external interrupt whose gates stay in
+//! ring 3 push what they push. The handler of #AC aligns ESP, and each of them has to arrive then,
+//! once.
 //!
-//! Exit codes: success; 0x30 to 0x34, see the constants.
+//! Exit codes: success; 0x30 to 0x35, see the constants.
 
 #![no_std]
 #![no_main]
@@ -10,6 +11,7 @@
 use core::arch::naked_asm;
 use core::sync::atomic::AtomicU32;
 
+use guests::cpu::wrmsr;
 use guests::exit::{self, Failure};
 use guests::protected::{self, Gate};
 use guests::trap::vector;
@@ -28,8 +30,17 @@ const WRONG_EVENTS: u8 = 0x33;
 /// An #AC of a delivery on an aligned stack.
 const ALIGNED: u8 = 0x34;
 
-/// Three misalignments of three events.
-const MISALIGNED: u32 = 9;
+/// The local APIC, in x2APIC mode, takes no interrupt to itself.
+const NO_INTERRUPT: Failure = Failure::new(0x35, "the local APIC takes no self IPI");
+
+/// Three misalignments of three events, and one of the interrupt.
+const MISALIGNED: u32 = 10;
+
+/// The interrupt's vector.
+const INTERRUPT: u8 = 0x40;
+/// x2APIC MSRs: spurious interrupt vector, to enable the APIC; self IPI.
+const SPURIOUS: (u32, u64) = (0x80F, 0x1FF);
+const SELF_IPI: (u32, u64) = (0x83F, INTERRUPT as u64);
 
 /// #AC that were taken.
 static ACS: AtomicU32 = AtomicU32::new(0);
@@ -79,6 +90,18 @@ unsafe extern "C" fn events() {
         jne 9f
         .endr
 
+        lea eax, [2f]
+        mov [{at}], eax
+        lea esp, [ebp - 64 - 2]
+        sti
+        nop
+    2:  nop
+        cli
+        lea eax, [ebp - 68]
+        cmp eax, esp
+        mov al, {stack}
+        jne 9f
+
         cmp dword ptr [{acs}], {misaligned}
         mov al, {wrong_acs}
         jne 9f
@@ -102,7 +125,7 @@ unsafe extern "C" fn events() {
     )
 }
 
-/// INT 0x80 and INT3, in ring 3.
+/// INT 0x80, INT3 and the interrupt, in ring 3.
 #[unsafe(naked)]
 unsafe extern "C" fn on_trap() {
     naked_asm!(".code32", "inc dword ptr [{events}]", "iretd", ".code64", events = sym EVENTS)
@@ -157,9 +180,14 @@ fn main(_: &Boot) -> Result<(), Failure> {
     let gates = [
         gate(0x80, on_trap, 3),
         gate(vector::BREAKPOINT, on_trap, 3),
+        gate(INTERRUPT, on_trap, 3),
         gate(vector::INVALID_OPCODE, on_invalid_opcode, 3),
         gate(vector::ALIGNMENT_CHECK, on_alignment_check, 0),
     ];
+    for (register, value) in [SPURIOUS, SELF_IPI] {
+        // SAFETY: interrupts are off until the handler is there.
+        NO_INTERRUPT.unless(unsafe { wrmsr(register, value) }.is_ok())?;
+    }
     // SAFETY: all of it is 32-bit code.
     unsafe { protected::run(events, &gates) }
 }

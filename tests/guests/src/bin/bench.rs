@@ -10,13 +10,11 @@
 //! Each row's instruction stands in a function of its own, `timed` in a module of the row's name: a
 //! profiler outside knows by the guest's RIP which row an exit belongs to.
 //!
-//! HLT with an event pending is missing: nothing here interrupts a guest yet.
-//!
 //! Command line: `n=` executions of a row (100, at most 1000); `spin=`: instead of all this, read
 //! the time-stamp counter until it has advanced by so much, for a machine with several such guests
 //! to show what switching between them costs.
 //!
-//! Exit codes: success; 0x30 and 0x31, see the constants.
+//! Exit codes: success; 0x30 to 0x32, see the constants.
 
 #![no_std]
 #![no_main]
@@ -35,6 +33,7 @@ guest!(main);
 
 const COUNT: Failure = Failure::new(0x30, "the number of executions is not 1 to 1000");
 const REGISTER: Failure = Failure::new(0x31, "bit 29 of MSR 0x33 cannot be set and cleared");
+const INTERRUPTS: Failure = Failure::new(0x32, "the local APIC takes no self IPI or no EOI");
 
 /// Executions before those that count.
 const WARM_UP: usize = 10;
@@ -44,6 +43,14 @@ const MAX_EXECUTIONS: usize = 1000;
 const MISC_ENABLE: u32 = 0x1A0;
 /// No MSR.
 const NO_MSR: u32 = 0x32;
+/// The local APIC's registers in x2APIC mode: EOI, spurious interrupt vector, self IPI.
+const APIC_EOI: u32 = 0x80B;
+const APIC_SPURIOUS: u32 = 0x80F;
+const APIC_SELF_IPI: u32 = 0x83F;
+/// Spurious interrupt vector register: enabled.
+const APIC_ENABLED: u64 = 0x1FF;
+/// Vector of the interrupt that ends HLT.
+const INTERRUPT: u8 = 0x40;
 /// The UART's transmitter holding, line status and scratch registers.
 const UART_DATA: u16 = 0x3F8;
 const UART_LINE_STATUS: u16 = 0x3FD;
@@ -133,6 +140,7 @@ row!(ac_legacy, [], "mov [rdi], esi",
     outside ["pushfq", "or dword ptr [rsp], 0x40000", "popfq"],
     ["pushfq", "and dword ptr [rsp], ~0x40000", "popfq"]);
 row!(ac_split_lock, [], "xchg [rdi], esi");
+row!(hlt_pending, [], "sti; hlt", outside [], ["cli"]);
 
 /// Handles an exception without error code: goes on behind the two bytes of what raised it.
 #[unsafe(naked)]
@@ -144,6 +152,12 @@ unsafe extern "C" fn skip() {
 #[unsafe(naked)]
 unsafe extern "C" fn skip_with_error_code() {
     naked_asm!("add rsp, 8", "add qword ptr [rsp], 2", "iretq")
+}
+
+/// Handles an interrupt.
+#[unsafe(naked)]
+unsafe extern "C" fn come_back() {
+    naked_asm!("iretq")
 }
 
 /// Executes rows and prints them.
@@ -159,7 +173,7 @@ impl Bench {
     /// # Safety
     ///
     /// The guest must survive the instruction.
-    unsafe fn time(&mut self, row: Row, operands: impl Fn(usize) -> (u64, u64)) -> u64 {
+    unsafe fn time(&mut self, row: Row, mut operands: impl FnMut(usize) -> (u64, u64)) -> u64 {
         let overhead = self.overhead(&row);
         for index in 0..WARM_UP + self.executions {
             let (first, second) = operands(index);
@@ -284,6 +298,32 @@ impl Bench {
         }
     }
 
+    /// HLT that an interrupt ends at once. It is sent, and acknowledged, outside what is timed.
+    fn halt(&mut self) -> Result<(), Failure> {
+        // SAFETY: interrupts are off, and nothing sends any.
+        if unsafe { cpu::wrmsr(APIC_SPURIOUS, APIC_ENABLED) }.is_err() {
+            println!("bench {} none (no x2APIC)", hlt_pending::ROW.name);
+            return Ok(());
+        }
+        let mut written = true;
+        let mut write = |register, value: u8| {
+            // SAFETY: interrupts are off, and the handler is there while one is pending.
+            written &= unsafe { cpu::wrmsr(register, value.into()) }.is_ok();
+        };
+        // SAFETY: the handler comes back behind HLT.
+        unsafe {
+            with_handler(INTERRUPT, come_back, || {
+                self.time(hlt_pending::ROW, |_| {
+                    write(APIC_EOI, 0);
+                    write(APIC_SELF_IPI, INTERRUPT);
+                    (0, 0)
+                });
+            });
+        }
+        write(APIC_EOI, 0);
+        INTERRUPTS.unless(written)
+    }
+
     /// #AC of the guest's own: legacy alignment checking, and split-lock detection if it is offered.
     fn alignment_checks(&mut self) -> Result<(), Failure> {
         // SAFETY: AM counts only where EFLAGS.AC is set.
@@ -348,7 +388,8 @@ fn main(boot: &Boot) -> Result<(), Failure> {
         bench.time(in_nobody::ROW, |_| (NO_PORT.into(), 0));
     }
     bench.memory(boot.memory_end.min(TOUCH_END), cpuid);
-    bench.alignment_checks()
+    bench.alignment_checks()?;
+    bench.halt()
 }
 
 /// Reads the time-stamp counter until it has advanced by `ticks`.

@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
-use machine_tests::hypervisor::{boot_guests, check_guest, check_orderly, make};
-use machine_tests::trial;
-use xtask::config::{SldMode, Vm};
+use machine_tests::hypervisor::{boot, boot_guests, check_guest, check_orderly, make};
+use machine_tests::{check_eq, trial};
+use xtask::config::{Setup, SldMode, Vm};
 use xtask::events::Body;
 use xtask::guests::{self, Guest, SUCCESS, Situation};
 use xtask::machine::{MachineConfig, RunOutcome};
@@ -15,7 +15,10 @@ use xtask::machine::{MachineConfig, RunOutcome};
 use crate::vms::{Vms, on};
 
 pub fn trials() -> Vec<Trial> {
-    let mut trials = vec![trial("vcpu::an_endless_ac_leaves_the_others_their_time", endless)];
+    let mut trials = vec![
+        trial("vcpu::an_endless_ac_leaves_the_others_their_time", endless),
+        trial("vcpu::local_apics_while_others_run", local_apics),
+    ];
     for (name, model) in [("avx", "arrow_lake"), ("avx512", "sapphire_rapids")] {
         let machine = || MachineConfig { model: model.to_owned(), ..MachineConfig::default() };
         let (alone, shared) = (machine(), machine());
@@ -88,6 +91,32 @@ fn endless() -> Result<()> {
         check_guest(&outcome, guest, Situation::Warn)?;
     }
     Ok(())
+}
+
+/// Timers that become due while others run, in two VMs beside one whose guest wants nothing of its local APIC.
+fn local_apics() -> Result<()> {
+    const COUNT: usize = 2;
+    let guest = find("apic")?;
+    let names = [[guest.name; COUNT].as_slice(), &["controls"]].concat();
+    let names: Vec<String> = names.into_iter().map(str::to_owned).collect();
+    let (sld, config) = make(Situation::Warn);
+    let setup = Setup::of_guests(sld, &names, false)?;
+    let config_text = format!("slice_ticks = {SLICE_TICKS}\n{}", setup.config);
+    let outcome = boot(&Setup { config: config_text, ..setup }, config)?;
+    check_orderly(&outcome)?;
+    let ends = outcome.events.iter().filter_map(|event| match &event.body {
+        Body::VmEnd { status, .. } => Some(*status),
+        _ => None,
+    });
+    let expected = vec![Some(SUCCESS.into()); names.len()];
+    check_eq(&outcome, "statuses", ends.collect::<Vec<_>>(), expected)?;
+    // Its own, of legacy alignment checking.
+    let due = guest.expected(Situation::Warn).inject as usize * COUNT;
+    let verdicts = outcome.events.iter().filter_map(|event| match &event.body {
+        Body::Ac(ac) => Some(ac.verdict.as_str()),
+        _ => None,
+    });
+    check_eq(&outcome, "verdicts", verdicts.collect::<Vec<_>>(), vec!["inject"; due])
 }
 
 fn find(name: &str) -> Result<&'static Guest> {
