@@ -1,8 +1,8 @@
 //! The event stream on COM2: one JSON object a line for every decision.
 //!
 //! What happens on an exit path is put into a ring of this CPU, unformatted, and written out when
-//! the vCPU's turn is over or the ring is full: in the second case the vCPU whose guest fills it
-//! waits for the serial line, and nobody else.
+//! the vCPU's turn is over or the ring is full. The time that this takes is its VM's: it is charged
+//! to it, and the others have as much before its next turn.
 
 use alloc::boxed::Box;
 use core::fmt::{self, Write};

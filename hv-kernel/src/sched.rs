@@ -70,12 +70,24 @@ struct Waiting {
     vm: Box<Vm>,
     /// Not before this time, in the TSC.
     until: u64,
+    /// When its guest executed HLT; `None` if it has only had its turn.
+    halted: Option<u64>,
+}
+
+/// Who is next, if not the first: one who is ready, or else, of those who only wait because they
+/// took too much, the one who has waited longest.
+fn next_ready(queue: &VecDeque<Waiting>, time: u64) -> Option<usize> {
+    let ready = queue.iter().position(|waiting| waiting.until <= time);
+    ready.or_else(|| {
+        let running = queue.iter().enumerate().filter(|(_, waiting)| waiting.halted.is_none());
+        running.min_by_key(|(_, waiting)| waiting.until).map(|(index, _)| index)
+    })
 }
 
 /// How a turn came to its end.
 enum Turn {
-    /// The slice is used up.
-    Over,
+    /// The slice is used up, and so many ticks more: output of what it caused takes its time.
+    Over(u64),
     /// The guest waits for its timer until this time, in the TSC.
     Halted(u64),
     /// The VM is over.
@@ -123,7 +135,7 @@ pub struct Totals {
 
 impl Cpu {
     /// Records what an operation of `sld` did to the real bit.
-    #[inline]
+    #[inline(always)]
     pub fn note(&mut self, vm: Option<&'static str>, written: Written) {
         match written {
             Ok(None) => {}
@@ -135,13 +147,14 @@ impl Cpu {
     /// Runs all VMs to their ends.
     pub fn run(&mut self, vms: impl Iterator<Item = Vm>, slice_ticks: u64) -> Totals {
         let idle = Task::new(0);
-        let mut queue: VecDeque<_> = vms.map(|vm| Waiting { vm: Box::new(vm), until: 0 }).collect();
+        let mut queue: VecDeque<_> =
+            vms.map(|vm| Waiting { vm: Box::new(vm), until: 0, halted: None }).collect();
         let mut totals = Totals::default();
         loop {
             let time = now();
             // As a rule the first one is ready.
             if queue.front().is_some_and(|first| first.until > time) {
-                match queue.iter().position(|waiting| waiting.until <= time) {
+                match next_ready(&queue, time) {
                     Some(index) => queue.rotate_left(index),
                     None => {
                         // All are halted: their timers will wake them; the idle task runs.
@@ -153,10 +166,21 @@ impl Cpu {
                     }
                 }
             }
-            let Some(Waiting { mut vm, .. }) = queue.pop_front() else { break };
+            let Some(Waiting { mut vm, halted, .. }) = queue.pop_front() else { break };
+            if let Some(since) = halted {
+                vm.guest.charge(time.saturating_sub(since));
+            }
             match self.turn(&mut vm, slice_ticks, queue.is_empty()) {
-                Turn::Over => queue.push_back(Waiting { vm, until: 0 }),
-                Turn::Halted(until) => queue.push_back(Waiting { vm, until }),
+                // Who took more than its slice lets the others have as much first.
+                Turn::Over(excess) => {
+                    let until = now().saturating_add(excess);
+                    queue.push_back(Waiting { vm, until, halted: None });
+                }
+                Turn::Halted(until) => {
+                    let halted = now();
+                    let until = until.min(halted.saturating_add(vm.guest.ticks_left));
+                    queue.push_back(Waiting { vm, until, halted: Some(halted) });
+                }
                 Turn::Ended(reason) => {
                     let switched = sld::task_switch(&mut self.sld, &idle);
                     self.note(None, switched);
@@ -181,13 +205,19 @@ impl Cpu {
         let loads = loaded.load_sld(&mut self.sld, &mut vm.guest.task);
         let mut running = Running { cpu: self, guest: &mut vm.guest };
         running.note(loads);
+        let mut excess = 0;
         let stop = loop {
+            // A faulting MSR 0x33 would leave the guest with a detection that it did not ask for.
+            if loads.is_err() {
+                break Stop::End(End::PlatformFault);
+            }
             let start = now();
             let slice = slice_ticks.min(running.guest.ticks_left);
             let stop = loaded.run(&mut running, slice);
-            let used = now().wrapping_sub(start);
-            running.guest.ticks_left = running.guest.ticks_left.saturating_sub(used);
             running.cpu.events.drain();
+            let used = now().wrapping_sub(start);
+            excess = used.saturating_sub(slice_ticks);
+            running.guest.charge(used);
             if stop != Stop::Slice || !alone || running.guest.ticks_left == 0 {
                 break stop;
             }
@@ -200,7 +230,10 @@ impl Cpu {
             Stop::Slice | Stop::Halt(Some(_)) if vm.guest.ticks_left == 0 => {
                 Turn::Ended(Reason::TimeLimit)
             }
-            Stop::Slice => Turn::Over,
+            Stop::Slice | Stop::Halt(_) if puts.is_err() => {
+                Turn::Ended(Reason::End(End::PlatformFault))
+            }
+            Stop::Slice => Turn::Over(excess),
             Stop::Halt(Some(until)) => Turn::Halted(until),
             Stop::Halt(None) => Turn::Ended(Reason::Halt),
             Stop::End(end) => Turn::Ended(Reason::End(end)),

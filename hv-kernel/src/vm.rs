@@ -95,8 +95,9 @@ pub struct SplitLocks {
     pub kill: u64,
 }
 
-/// Guest-physical addresses without memory that stand in for one instruction.
-const MAX_HOLES: usize = 8;
+/// Guest-physical pages without memory that stand in for one instruction. A gather touches 16, and
+/// 4 levels of page tables may lie there as well.
+const MAX_HOLES: usize = 32;
 
 /// What surrounds a VM's vCPU.
 #[derive(Debug)]
@@ -152,6 +153,14 @@ impl Guest {
             unsafe { stale.invalidate() }.expect("INVEPT single-context is a required capability");
         }
         fill_stand_in(self.stand_in);
+    }
+
+    /// It has run, or waited for its timer, for so many ticks.
+    pub fn charge(&mut self, ticks: u64) {
+        // Without a limit there is nothing to count down.
+        if self.ticks_left != u64::MAX {
+            self.ticks_left = self.ticks_left.saturating_sub(ticks);
+        }
     }
 
     /// Counts a verdict.

@@ -60,6 +60,8 @@ const LVT_TSC_DEADLINE: u32 = 1 << 18;
 const LVT_MASKED: u32 = 1 << 16;
 /// Version 0x14, seven LVT entries (highest index 6).
 const VERSION: u64 = 0x0006_0014;
+/// The timer's shortest time in one-shot and periodic mode, in ticks of the TSC.
+const MIN_PERIOD: u64 = 1000;
 /// Vectors below this are reserved.
 const FIRST_VECTOR: u8 = 16;
 
@@ -243,6 +245,8 @@ impl LocalApic {
     ///
     /// [`Gp`]; nothing has changed.
     pub fn write(&mut self, register: u32, value: u64, now: u64) -> Result<Command, Gp> {
+        // What was due is due under the settings that it was armed with.
+        self.tick(now);
         let bits =
             |valid: u32| u32::try_from(value).ok().filter(|value| value & !valid == 0).ok_or(Gp);
         match register {
@@ -335,8 +339,10 @@ impl LocalApic {
         if code == 7 { 1 } else { 2 << code }
     }
 
+    /// No shorter than what leaves the guest time for anything else.
     const fn period(&self) -> u64 {
-        self.initial_count as u64 * self.divisor()
+        let period = self.initial_count as u64 * self.divisor();
+        if period < MIN_PERIOD { MIN_PERIOD } else { period }
     }
 
     fn current_count(&self, now: u64) -> u64 {
@@ -346,16 +352,24 @@ impl LocalApic {
         }
     }
 
-    /// When the timer fires next.
-    pub const fn deadline(&self) -> Option<u64> {
-        self.deadline
+    /// When the timer raises an interrupt next: never while it is masked.
+    pub const fn wakes_at(&self) -> Option<u64> {
+        if self.lvt_timer & LVT_MASKED == 0 { self.deadline } else { None }
+    }
+
+    /// The guest has moved its clock by so much. A count goes on as it was; a deadline is a time of
+    /// that clock, and stays.
+    pub fn clock_moved(&mut self, by: u64) {
+        if self.mode() != TimerMode::TscDeadline {
+            self.deadline = self.deadline.map(|deadline| deadline.wrapping_add(by));
+        }
     }
 
     /// It is `now`: the timer fires if it is due. Periods that were missed are not made up for.
     pub fn tick(&mut self, now: u64) {
         let Some(deadline) = self.deadline.filter(|deadline| *deadline <= now) else { return };
         self.deadline = match self.mode() {
-            TimerMode::Periodic if self.period() != 0 => {
+            TimerMode::Periodic if self.initial_count != 0 => {
                 let behind = (now - deadline) % self.period();
                 Some((now - behind).wrapping_add(self.period()))
             }
@@ -462,24 +476,28 @@ mod tests {
         };
         set(&mut apic, DIVIDE, 0, 0);
         set(&mut apic, LVT_TIMER, 0x40, 0);
-        set(&mut apic, INITIAL_COUNT, 100, 1000);
-        assert_eq!((apic.deadline(), apic.read(CURRENT_COUNT, 1100)), (Some(1200), Some(50)));
-        apic.tick(1199);
+        set(&mut apic, INITIAL_COUNT, 1000, 1000);
+        assert_eq!((apic.wakes_at(), apic.read(CURRENT_COUNT, 2000)), (Some(3000), Some(500)));
+        apic.clock_moved(50);
+        apic.tick(3049);
         assert_eq!(apic.deliverable(), None);
-        apic.tick(1200);
-        assert_eq!((apic.deliverable(), apic.deadline()), (Some(0x40), None));
+        apic.tick(3050);
+        assert_eq!((apic.deliverable(), apic.wakes_at()), (Some(0x40), None));
 
         set(&mut apic, LVT_TIMER, 0x2_0041, 0);
         set(&mut apic, DIVIDE, 0xb, 0);
-        set(&mut apic, INITIAL_COUNT, 10, 0);
-        apic.tick(25);
-        assert_eq!((apic.deliverable(), apic.deadline()), (Some(0x41), Some(30)));
+        set(&mut apic, INITIAL_COUNT, 2000, 0);
+        apic.tick(5000);
+        assert_eq!((apic.deliverable(), apic.wakes_at()), (Some(0x41), Some(6000)));
+        set(&mut apic, INITIAL_COUNT, 1, 0);
+        assert_eq!(apic.wakes_at(), Some(MIN_PERIOD), "no storm");
 
         set(&mut apic, LVT_TIMER, 0x4_0042, 0);
-        assert_eq!(apic.deadline(), None, "a new mode disarms");
+        assert_eq!(apic.wakes_at(), None, "a new mode disarms");
         set(&mut apic, INITIAL_COUNT, 10, 0);
-        assert_eq!(apic.deadline(), None);
+        assert_eq!(apic.wakes_at(), None);
         apic.set_tsc_deadline(77);
+        apic.clock_moved(5);
         assert_eq!((apic.tsc_deadline(), apic.read(CURRENT_COUNT, 0)), (77, Some(0)));
         apic.tick(77);
         assert_eq!((apic.deliverable(), apic.tsc_deadline()), (Some(0x42), 0));
@@ -488,14 +506,13 @@ mod tests {
     #[test]
     fn masking_does_not_stop_the_timer_and_disabling_masks() {
         let mut apic = enabled();
-        for (register, value) in [(LVT_TIMER, 0x40), (DIVIDE, 0xb), (INITIAL_COUNT, 100)] {
+        for (register, value) in [(LVT_TIMER, 0x40), (DIVIDE, 0xb), (INITIAL_COUNT, 1000)] {
             assert_eq!(apic.write(register, value, 0), Ok(Command::Done));
         }
         assert_eq!(apic.write(LVT_TIMER, 0x1_0041, 10), Ok(Command::Done));
-        assert_eq!(apic.read(CURRENT_COUNT, 10), Some(90));
-        apic.tick(100);
-        assert_eq!(apic.deliverable(), None);
-        assert_eq!(apic.write(LVT_TIMER, 0x41, 0), Ok(Command::Done));
+        assert_eq!((apic.read(CURRENT_COUNT, 10), apic.wakes_at()), (Some(990), None));
+        assert_eq!(apic.write(LVT_TIMER, 0x41, 1000), Ok(Command::Done));
+        assert_eq!((apic.deliverable(), apic.wakes_at()), (None, None), "it fired masked");
         assert_eq!(apic.write(SVR, 0xff, 0), Ok(Command::Done));
         assert_eq!(apic.read(LVT_TIMER, 0), Some(0x1_0041));
         assert_eq!(apic.write(LVT_ERROR, 0x20, 0), Ok(Command::Done));

@@ -220,10 +220,14 @@ impl Loaded<'_> {
             if let Err(stop) = self.handle(host, reason.basic()) {
                 return stop;
             }
-            // A guest that exits all the time must not live on time in which the timer stands
-            // still.
-            if now() > stop_at {
-                return Stop::Slice;
+            // A guest that exits all the time must neither live on time in which the preemption
+            // timer stands still, nor have its own timer late for it.
+            let now = now();
+            if now >= self.vcpu.attention_at {
+                if now >= stop_at {
+                    return Stop::Slice;
+                }
+                self.tick(now);
             }
         }
     }
@@ -242,8 +246,8 @@ impl Loaded<'_> {
             BasicReason::EXTERNAL_INTERRUPT => {
                 host.interrupt(InterruptionInfo(self.vmcs.read(EXIT_INTERRUPTION_INFO)).vector());
             }
-            // The guest's own timer, or the end of its turn, which the caller notices.
-            BasicReason::PREEMPTION_TIMER => self.tick(now()),
+            // The guest's own timer, or the end of its turn: the loop looks at the time anyway.
+            BasicReason::PREEMPTION_TIMER => {}
             BasicReason::HLT => return self.hlt(),
             BasicReason::EPT_VIOLATION => self.ept_violation(host)?,
             BasicReason::MONITOR_TRAP_FLAG => {
@@ -251,7 +255,7 @@ impl Loaded<'_> {
                 self.set_primary(Primary::MONITOR_TRAP_FLAG, false);
             }
             BasicReason::CR_ACCESS => self.cr_access(host),
-            BasicReason::INTERRUPT_WINDOW => self.deliver_interrupt(),
+            BasicReason::INTERRUPT_WINDOW => self.deliver_interrupt(true),
             BasicReason::NMI_WINDOW => self.deliver_nmi(),
             BasicReason::TRIPLE_FAULT => return Err(End::TripleFault.into()),
             // Guest memory is write-back and private: there is nothing to lose or to write back.
@@ -292,6 +296,9 @@ impl Loaded<'_> {
                 host.on_invalid_state(finding);
             });
             End::InvalidState
+        } else if reason == BasicReason::MACHINE_CHECK_DURING_ENTRY {
+            host.machine_check();
+            End::Unhandled(reason)
         } else {
             End::Unhandled(reason)
         }
@@ -354,7 +361,7 @@ impl Loaded<'_> {
         let number = self.vcpu.state.registers[RCX] as u32;
         let value = match msr_policy::policy(number) {
             Policy::Apic(register) => self.read_apic(register),
-            Policy::TscDeadline => Some(self.vcpu.apic.tsc_deadline()),
+            Policy::TscDeadline => Some(self.read_tsc_deadline()),
             Policy::TestCtrl => self.vcpu.sld.guest_rdmsr(sld::Msr::TestCtrl),
             Policy::CoreCapabilities => self.vcpu.sld.guest_rdmsr(sld::Msr::CoreCapabilities),
             Policy::Constant(value) | Policy::Fixed(value) => Some(value),
@@ -454,7 +461,7 @@ impl Loaded<'_> {
             return Ok(());
         }
         let interruptible = self.vmcs.read(GUEST_RFLAGS) & RFLAGS_IF != 0;
-        let deadline = self.vcpu.apic.deadline().filter(|_| interruptible);
+        let deadline = self.vcpu.apic.wakes_at().filter(|_| interruptible);
         Err(Stop::Halt(deadline.map(|at| at.wrapping_sub(self.vcpu.tsc_offset))))
     }
 
@@ -471,13 +478,14 @@ impl Loaded<'_> {
         let mut ticks = self.vcpu.stop_at.saturating_sub(now);
         let guest_now = self.guest_tsc(now);
         self.vcpu.apic.tick(guest_now);
-        if let Some(deadline) = self.vcpu.apic.deadline() {
+        if let Some(deadline) = self.vcpu.apic.wakes_at() {
             ticks = ticks.min(deadline.saturating_sub(guest_now));
         }
+        self.vcpu.attention_at = now.saturating_add(ticks);
         let count = (ticks >> self.caps().preemption_timer_shift()).min(u64::from(u32::MAX));
         self.vmcs.write(PREEMPTION_TIMER_VALUE, count as u32);
         if self.vcpu.apic.deliverable().is_some() {
-            self.deliver_interrupt();
+            self.deliver_interrupt(false);
         }
     }
 
@@ -487,9 +495,9 @@ impl Loaded<'_> {
     #[inline(never)]
     fn write_tsc(&mut self, value: u64) -> bool {
         let now = now();
-        self.vcpu.tsc_offset = value.wrapping_sub(now);
+        let before = core::mem::replace(&mut self.vcpu.tsc_offset, value.wrapping_sub(now));
         self.vmcs.write(TSC_OFFSET, self.vcpu.tsc_offset);
-        // What was due at some time of the old clock is due at the same of the new one.
+        self.vcpu.apic.clock_moved(self.vcpu.tsc_offset.wrapping_sub(before));
         self.tick(now);
         true
     }
@@ -502,8 +510,17 @@ impl Loaded<'_> {
     }
 
     #[inline(never)]
-    fn read_apic(&self, register: u32) -> Option<u64> {
-        self.vcpu.apic.read(register, self.guest_tsc(now()))
+    fn read_tsc_deadline(&mut self) -> u64 {
+        let guest_now = self.guest_tsc(now());
+        self.vcpu.apic.tick(guest_now);
+        self.vcpu.apic.tsc_deadline()
+    }
+
+    #[inline(never)]
+    fn read_apic(&mut self, register: u32) -> Option<u64> {
+        let guest_now = self.guest_tsc(now());
+        self.vcpu.apic.tick(guest_now);
+        self.vcpu.apic.read(register, guest_now)
     }
 
     /// WRMSR of an x2APIC register; false for #GP(0).
@@ -703,13 +720,16 @@ impl Loaded<'_> {
     }
 
     /// Delivers the interrupt that the local APIC would deliver, or waits until the guest can take
-    /// it.
-    fn deliver_interrupt(&mut self) {
+    /// it. `window`: it can, says the CPU. Otherwise a single step may be about to trap, which comes
+    /// first and would be lost.
+    fn deliver_interrupt(&mut self, window: bool) {
         let Some(vector) = self.vcpu.apic.deliverable() else {
             self.set_primary(Primary::INTERRUPT_WINDOW_EXITING, false);
             return;
         };
-        let open = self.vmcs.read(GUEST_RFLAGS) & RFLAGS_IF != 0
+        let flags = self.vmcs.read(GUEST_RFLAGS);
+        let open = flags & RFLAGS_IF != 0
+            && (window || flags & RFLAGS_TF == 0)
             && self.vmcs.read(GUEST_INTERRUPTIBILITY) & BLOCKING_STI_MOV_SS == 0
             && !self.entry_event().is_valid();
         if open {
@@ -771,7 +791,7 @@ impl Loaded<'_> {
                 let value = self.register_operand(operand);
                 let accepted = self.vcpu.apic.set_cr8(value).is_ok();
                 if accepted && self.vcpu.apic.deliverable().is_some() {
-                    self.deliver_interrupt();
+                    self.deliver_interrupt(false);
                 }
                 accepted
             }

@@ -159,6 +159,8 @@ pub struct Vcpu {
     pub(crate) halted: bool,
     /// The guest's TSC less the host's.
     pub(crate) tsc_offset: u64,
+    /// When its turn is over or its timer is due, in the host's TSC.
+    pub(crate) attention_at: u64,
     /// When its turn is over, in the host's TSC.
     pub(crate) stop_at: u64,
     /// Where its last #AC came from.
@@ -223,6 +225,7 @@ impl Vcpu {
             apic: LocalApic::new(config.apic_id),
             halted: false,
             tsc_offset: 0,
+            attention_at: 0,
             stop_at: 0,
             pending_nmi: false,
             ac_place: None,

@@ -146,12 +146,13 @@ impl XArea {
         // SAFETY: the area is aligned, and holds what `save` or `reset` wrote.
         unsafe {
             if mask == 0 {
-                asm!("fxrstor64 [{}]", in(reg) &raw const self.0, options(nostack));
+                asm!("fxrstor64 [{}]", in(reg) &raw const self.0, clobber_abi("sysv64"),
+                     options(nostack));
                 return;
             }
             xsetbv(mask);
-            asm!("xrstor64 [{}]", in(reg) &raw const self.0, in("eax") mask as u32,
-                 in("edx") (mask >> 32) as u32, options(nostack));
+            asm!("xrstor64 [{}]", in(reg) &raw const self.0, inout("eax") mask as u32 => _,
+                 inout("edx") (mask >> 32) as u32 => _, clobber_abi("sysv64"), options(nostack));
             xsetbv(xcr0);
         }
     }
