@@ -16,6 +16,7 @@ use crate::vms::{Vms, on};
 
 pub fn trials() -> Vec<Trial> {
     let mut trials = vec![
+        trial("vcpu::a_far_timer_is_waited_for_until_the_limit", far_timer),
         trial("vcpu::an_endless_ac_leaves_the_others_their_time", endless),
         trial("vcpu::local_apics_while_others_run", local_apics),
     ];
@@ -82,6 +83,17 @@ fn registers(seeds: &[u64], config: MachineConfig) -> Result<()> {
 }
 
 /// CVE-2015-5307.
+/// A guest that waits for a timer in the far future ends when its time is up.
+fn far_timer() -> Result<()> {
+    let guest = find("hlt-forever")?;
+    let vm =
+        Vm { cmdline: "timer".to_owned(), limit_ticks: Some(3_000_000), ..Vm::of_guest(guest) };
+    let vms = Vms { guest, sld: SldMode::Warn, slice_ticks: SLICE_TICKS, vms: vec![vm] };
+    let outcome = vms.run(MachineConfig::default())?;
+    let (reason, ..) = end_of(&outcome, guest.name)?;
+    check_eq(&outcome, "reason", reason, "time limit")
+}
+
 fn endless() -> Result<()> {
     let guests = [find("ac-loop")?, find("controls")?, find("ac-delivery")?];
     let (sld, config) = make(Situation::Warn);
