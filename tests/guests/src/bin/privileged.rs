@@ -2,7 +2,7 @@
 //! nothing, what it allows reads back as written. Whichever of it the hypervisor handles itself, no
 //! value may reach VM entry that fails it.
 //!
-//! Exit codes: success; 0x30 to 0x34, see the constants.
+//! Exit codes: success; 0x30 to 0x35, see the constants.
 
 #![no_std]
 #![no_main]
@@ -20,6 +20,9 @@ const CHANGED: Failure = Failure::new(0x31, "a refused write changed the registe
 const REFUSED: Failure = Failure::new(0x32, "an allowed value was refused");
 const NOT_READ_BACK: Failure = Failure::new(0x33, "the register does not read back as written");
 const XSETBV: Failure = Failure::new(0x34, "XSETBV gave no #UD although CR4.OSXSAVE is clear");
+
+const RESUME_FLAG: Failure =
+    Failure::new(0x35, "RFLAGS.RF outlives the instruction that it was set for");
 
 const CR0_PE: u64 = 1 << 0;
 const CR0_MP: u64 = 1 << 1;
@@ -126,6 +129,7 @@ fn main(_: &Boot) -> Result<(), Failure> {
         cr4::takes(bits)?;
     }
     cr8::refuses(1 << 4)?;
+    resume_flag()?;
 
     println!("EFER");
     let efer = cpu::rdmsr(EFER);
@@ -193,4 +197,40 @@ fn extended_control() -> Result<(), Failure> {
         NOT_READ_BACK.unless(u64::from(high) << 32 | u64::from(low) == value)?;
     }
     Ok(())
+}
+
+/// RFLAGS.RF suppresses a breakpoint on one instruction. IRET sets it for an IN, which exits and is
+/// skipped by the hypervisor; the breakpoint on the next instruction must trap.
+fn resume_flag() -> Result<(), Failure> {
+    // Breakpoint 0, on execution; bit 10 is always 1.
+    const DR7: u64 = 0x401;
+    const DR7_OFF: u64 = 0x400;
+    let breakpoint: u64;
+    // SAFETY: IRET leads to the label behind it with the same stack; the #DB is caught.
+    let run = unsafe {
+        probe!(2, [
+            "lea {at}, [rip + 5f]",
+            "mov dr0, {at}",
+            "mov dr7, {dr7}",
+            "mov {stack}, rsp",
+            "mov {other:e}, ss",
+            "push {other}",
+            "push {stack}",
+            "pushfq",
+            "or qword ptr [rsp], 0x10000",
+            "mov {other:e}, cs",
+            "push {other}",
+            "lea {other}, [rip + 4f]",
+            "push {other}",
+            "iretq",
+            "4: in al, 0x80",
+            "5: nop",
+        ], at = inout(reg) 0_u64 => breakpoint, dr7 = in(reg) DR7, stack = out(reg) _,
+            other = out(reg) _, out("rax") _)
+    };
+    // SAFETY: no breakpoint is wanted any more.
+    unsafe { asm!("mov dr7, {}", in(reg) DR7_OFF, options(nomem, nostack)) };
+    let trapped =
+        |exception: Exception| exception.vector == vector::DEBUG && exception.rip == breakpoint;
+    RESUME_FLAG.unless(run.caught.is_some_and(trapped))
 }
