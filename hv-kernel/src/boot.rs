@@ -166,9 +166,7 @@ fn shut_down(mut cpu: Cpu, vmx: Vmx, totals: &Totals) {
         json.object("counters", |json| {
             json.number("vms", totals.vms)?;
             json.number("exits", totals.exits)?;
-            json.number("inject", totals.inject)?;
-            json.number("warn", totals.warn)?;
-            json.number("kill", totals.kill)?;
+            totals.split_locks.write(json)?;
             json.number("nmis", exceptions::nmis())
         })
     });

@@ -10,6 +10,7 @@ use core::sync::atomic::{AtomicU64, Ordering};
 
 use arrayvec::ArrayVec;
 use sld::{MsrWrite, RealBit};
+use vmx::instruction::now;
 use vmx::run::AcReport;
 
 use crate::serial;
@@ -88,12 +89,6 @@ impl Ring {
             fields(json)
         });
     }
-}
-
-/// The TSC.
-pub fn now() -> u64 {
-    // SAFETY: RDTSC has no effect but on its registers.
-    unsafe { core::arch::x86_64::_rdtsc() }
 }
 
 /// Writes an event where there is no ring yet, or none to be trusted any more.

@@ -11,13 +11,14 @@ use sld::{MsrWrite, PreemptionDisabled, RealBit, Task, ThisCpu, Verdict, Written
 use vmx::addr::GuestPhysAddr;
 use vmx::checks::Finding;
 use vmx::exit::BasicReason;
+use vmx::instruction::now;
 use vmx::run::{AcReport, End, Host, Stop};
 use vmx::vcpu::{Counters, HostState};
 
-use crate::events::{Event, Object, Ring, now};
+use crate::events::{Event, Object, Ring};
 use crate::guest_memory::GuestMemory;
 use crate::trail::Trail;
-use crate::vm::{Guest, Vm};
+use crate::vm::{Guest, SplitLocks, Vm};
 use crate::x86::msr::TestCtrlMsr;
 
 /// This CPU's split-lock detection.
@@ -126,11 +127,7 @@ pub struct Totals {
     /// VM exits.
     pub exits: u64,
     /// Split locks by verdict.
-    pub inject: u64,
-    /// As above.
-    pub warn: u64,
-    /// As above.
-    pub kill: u64,
+    pub split_locks: SplitLocks,
 }
 
 impl Cpu {
@@ -142,6 +139,13 @@ impl Cpu {
             Ok(Some(real_bit)) => self.events.push(vm, Event::RealBit(real_bit)),
             Err(fault) => log::error!("CPU {}: MSR 0x33: {fault}", self.index),
         }
+    }
+
+    /// From now on this CPU runs `task`, that of `vm` or the idle one.
+    #[inline]
+    fn switch_to(&mut self, task: &Task, vm: Option<&'static str>) {
+        let written = sld::task_switch(&mut self.sld, task);
+        self.note(vm, written);
     }
 
     /// Runs all VMs to their ends.
@@ -157,9 +161,8 @@ impl Cpu {
                 match next_ready(&queue, time) {
                     Some(index) => queue.rotate_left(index),
                     None => {
-                        // All are halted: their timers will wake them; the idle task runs.
-                        let switched = sld::task_switch(&mut self.sld, &idle);
-                        self.note(None, switched);
+                        // All are halted: their timers will wake them.
+                        self.switch_to(&idle, None);
                         self.events.drain();
                         core::hint::spin_loop();
                         continue;
@@ -182,8 +185,7 @@ impl Cpu {
                     queue.push_back(Waiting { vm, until, halted: Some(halted) });
                 }
                 Turn::Ended(reason) => {
-                    let switched = sld::task_switch(&mut self.sld, &idle);
-                    self.note(None, switched);
+                    self.switch_to(&idle, None);
                     self.end(vm, reason, &mut totals);
                 }
             }
@@ -193,9 +195,7 @@ impl Cpu {
 
     /// One turn of a VM: a slice, or as many as it likes if it is alone.
     fn turn(&mut self, vm: &mut Vm, slice_ticks: u64, alone: bool) -> Turn {
-        let name = vm.guest.name;
-        let switched = sld::task_switch(&mut self.sld, &vm.guest.task);
-        self.note(Some(name), switched);
+        self.switch_to(&vm.guest.task, Some(vm.guest.name));
         // SAFETY: interrupts are off, this is the only CPU, `turn` puts the vCPU before it
         // returns, and `host` describes this CPU.
         let mut loaded = match unsafe { vm.vcpu.load(&self.host) } {
@@ -205,23 +205,22 @@ impl Cpu {
         let loads = loaded.load_sld(&mut self.sld, &mut vm.guest.task);
         let mut running = Running { cpu: self, guest: &mut vm.guest };
         running.note(loads);
+        // How much longer than a slice it took.
         let mut excess = 0;
-        let stop = loop {
-            // A faulting MSR 0x33 would leave the guest with a detection that it did not ask for.
-            if loads.is_err() {
-                break Stop::End(End::PlatformFault);
-            }
+        // A faulting MSR 0x33 would leave the guest with a detection that it did not ask for.
+        let mut stop = Stop::End(End::PlatformFault);
+        while loads.is_ok() {
             let start = now();
             let slice = slice_ticks.min(running.guest.ticks_left);
-            let stop = loaded.run(&mut running, slice);
+            stop = loaded.run(&mut running, slice);
             running.cpu.events.drain();
             let used = now().wrapping_sub(start);
             excess = used.saturating_sub(slice_ticks);
             running.guest.charge(used);
             if stop != Stop::Slice || !alone || running.guest.ticks_left == 0 {
-                break stop;
+                break;
             }
-        };
+        }
         let Running { cpu, guest } = running;
         let puts = loaded.put_sld(&mut cpu.sld, &mut guest.task);
         loaded.put();
@@ -266,19 +265,13 @@ impl Cpu {
             }
             json.object("counters", |json| {
                 json.object("exits", |json| write_exits(json, counters))?;
-                json.object("split_locks", |json| {
-                    json.number("inject", split_locks.inject)?;
-                    json.number("warn", split_locks.warn)?;
-                    json.number("kill", split_locks.kill)
-                })?;
+                json.object("split_locks", |json| split_locks.write(json))?;
                 json.number("real_bit_writes", real_bit_writes)
             })
         });
         totals.vms += 1;
         totals.exits += counters.exits().map(|row| row.1).sum::<u64>();
-        totals.inject += split_locks.inject;
-        totals.warn += split_locks.warn;
-        totals.kill += split_locks.kill;
+        totals.split_locks.add(&split_locks);
         // SAFETY: `turn` has put the vCPU, on this CPU.
         unsafe { vm.destroy() };
     }

@@ -20,6 +20,7 @@ use vmx::world::register;
 
 use crate::config::VmConfig;
 use crate::devices::Devices;
+use crate::events::Object;
 use crate::frames::FRAME;
 use crate::guest_memory::GuestMemory;
 use crate::memory::{self, Tables};
@@ -93,6 +94,22 @@ pub struct SplitLocks {
     pub warn: u64,
     /// VM stopped.
     pub kill: u64,
+}
+
+impl SplitLocks {
+    /// Adds another VM's.
+    pub fn add(&mut self, other: &Self) {
+        self.inject += other.inject;
+        self.warn += other.warn;
+        self.kill += other.kill;
+    }
+
+    /// Writes them as fields of an event.
+    pub fn write(&self, json: &mut Object<'_>) -> fmt::Result {
+        json.number("inject", self.inject)?;
+        json.number("warn", self.warn)?;
+        json.number("kill", self.kill)
+    }
 }
 
 /// Guest-physical pages without memory that stand in for one instruction. A gather touches 16, and

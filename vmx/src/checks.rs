@@ -195,7 +195,6 @@ fn identical_from(value: u64, bit: u32) -> bool {
 }
 
 const CR0_WP: u64 = 1 << 16;
-const CR4_PCIDE: u64 = 1 << 17;
 const CR4_CET: u64 = 1 << 23;
 const DEBUGCTL_BTF: u64 = 1 << 1;
 /// RFLAGS: bits 63:22, 15, 5 and 3.

@@ -8,8 +8,7 @@ use core::fmt;
 
 use crate::addr::HostPhysAddr;
 use crate::fields::{
-    Access, Field, GuestField, INSTRUCTION_ERROR, ReadOnly, ReadWrite, VmcsRead, VmcsWrite, W32,
-    Width,
+    Access, Field, GuestField, INSTRUCTION_ERROR, ReadWrite, VmcsRead, VmcsWrite, Width,
 };
 
 /// Why a VMX instruction failed.
@@ -65,6 +64,13 @@ impl fmt::Display for VmFail {
             Self::Valid(number) => write!(f, "VM-instruction error {number}: {}", self.describe()),
         }
     }
+}
+
+/// The TSC.
+#[inline(always)]
+pub fn now() -> u64 {
+    // SAFETY: RDTSC has no effect but on its registers.
+    unsafe { core::arch::x86_64::_rdtsc() }
 }
 
 /// The error number of VMRESUME with a VMCS that is not launched.
@@ -307,9 +313,6 @@ extern "C" fn access_failed() -> ! {
 extern "C" fn access_panic() -> ! {
     panic!("VMREAD or VMWRITE of the current VMCS: {}", last_error());
 }
-
-// The two fields that this module itself relies on.
-const _: Field<W32, ReadOnly> = INSTRUCTION_ERROR;
 
 #[cfg(test)]
 mod tests {

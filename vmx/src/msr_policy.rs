@@ -16,11 +16,11 @@ pub mod msr {
     /// IA32_PLATFORM_ID.
     pub const PLATFORM_ID: u32 = 0x17;
     /// MSR_TEST_CTRL, newer name MSR_MEMORY_CTRL.
-    pub const TEST_CTRL: u32 = 0x33;
+    pub const TEST_CTRL: u32 = sld::MSR_TEST_CTRL;
     /// IA32_BIOS_SIGN_ID: the microcode revision.
     pub const BIOS_SIGN_ID: u32 = 0x8b;
     /// IA32_CORE_CAPABILITIES.
-    pub const CORE_CAPABILITIES: u32 = 0xcf;
+    pub const CORE_CAPABILITIES: u32 = sld::MSR_CORE_CAPABILITIES;
     /// IA32_MTRRCAP.
     pub const MTRRCAP: u32 = 0xfe;
     /// IA32_SYSENTER_CS.

@@ -16,7 +16,7 @@ use crate::exit::{
     InterruptionInfo, IoQualification, vector,
 };
 use crate::fields::*;
-use crate::instruction::{VmFail, invvpid_single_context, last_error};
+use crate::instruction::{VmFail, invvpid_single_context, last_error, now};
 use crate::msr_policy::{self, Policy};
 use crate::setup::*;
 use crate::vcpu::Loaded;
@@ -188,13 +188,6 @@ impl From<End> for Stop {
     }
 }
 
-/// The TSC.
-#[inline(always)]
-fn now() -> u64 {
-    // SAFETY: RDTSC has no effect but on its registers.
-    unsafe { core::arch::x86_64::_rdtsc() }
-}
-
 impl Loaded<'_> {
     /// Runs the guest for at most `ticks` of the TSC, time in the hypervisor included.
     pub fn run(&mut self, host: &mut impl Host, ticks: u64) -> Stop {
@@ -239,7 +232,7 @@ impl Loaded<'_> {
         host.on_exit(reason, rip);
         match reason {
             BasicReason::CPUID => self.cpuid(rip),
-            BasicReason::RDMSR => self.rdmsr(host),
+            BasicReason::RDMSR => self.rdmsr(),
             BasicReason::WRMSR => self.wrmsr(host)?,
             BasicReason::IO => self.io(host)?,
             BasicReason::EXCEPTION_OR_NMI => self.exception(host)?,
@@ -295,13 +288,12 @@ impl Loaded<'_> {
             checks::diagnose(&self.vmcs, self.caps(), &cpu, |finding| {
                 host.on_invalid_state(finding);
             });
-            End::InvalidState
-        } else if reason == BasicReason::MACHINE_CHECK_DURING_ENTRY {
-            host.machine_check();
-            End::Unhandled(reason)
-        } else {
-            End::Unhandled(reason)
+            return End::InvalidState;
         }
+        if reason == BasicReason::MACHINE_CHECK_DURING_ENTRY {
+            host.machine_check();
+        }
+        End::Unhandled(reason)
     }
 
     /// Moves RIP behind the instruction that exited, ends the shadow of STI and MOV SS, and lets
@@ -357,7 +349,7 @@ impl Loaded<'_> {
         answer
     }
 
-    fn rdmsr(&mut self, _: &mut impl Host) {
+    fn rdmsr(&mut self) {
         let number = self.vcpu.state.registers[RCX] as u32;
         let value = match msr_policy::policy(number) {
             Policy::Apic(register) => self.read_apic(register),
@@ -529,16 +521,18 @@ impl Loaded<'_> {
         let now = now();
         let guest_now = self.guest_tsc(now);
         let Ok(command) = self.vcpu.apic.write(register, value, guest_now) else { return false };
-        if let Command::Ipi(ipi) = command {
-            // The VM's only vCPU: whom else it means is not there.
-            let id = self.vcpu.apic.id();
+        // The VM's only vCPU: whom else it means is not there.
+        let id = self.vcpu.apic.id();
+        if let Command::Ipi(ipi) = command
+            && ipi.reaches(id, id)
+        {
             match ipi.delivery() {
-                Delivery::Fixed(vector) if ipi.reaches(id, id) => self.vcpu.apic.raise(vector),
-                Delivery::Nmi if ipi.reaches(id, id) => {
+                Delivery::Fixed(vector) => self.vcpu.apic.raise(vector),
+                Delivery::Nmi => {
                     self.vcpu.pending_nmi = true;
                     self.set_primary(Primary::NMI_WINDOW_EXITING, true);
                 }
-                _ => {}
+                Delivery::Other => {}
             }
         }
         self.tick(now);
@@ -550,13 +544,13 @@ impl Loaded<'_> {
         match (info.kind(), info.vector()) {
             (EventKind::Nmi, _) => {
                 host.nmi();
-                self.requeue(host)
+                self.requeue()
             }
             (_, vector::AC) => self.alignment_check(host, info)?,
-            (_, vector::DB) => self.debug_exception(host, info),
+            (_, vector::DB) => self.debug_exception(info),
             (_, vector::MC) => {
                 host.machine_check();
-                self.requeue(host)
+                self.requeue()
             }
             _ => return Err(End::Unhandled(BasicReason::EXCEPTION_OR_NMI).into()),
         }
@@ -589,7 +583,7 @@ impl Loaded<'_> {
                     host.on_real_bit(written);
                 }
                 self.restore_nmi_blocking(info.nmi_unblocked_by_iret());
-                self.requeue(host);
+                self.requeue();
             }
             // One thread per core is brought online, so `Step` is not returned; if it were, to
             // resume would raise the same #AC for ever.
@@ -600,7 +594,7 @@ impl Loaded<'_> {
     }
 
     /// #DB is intercepted to break endless loops only: the guest gets it as it would have.
-    fn debug_exception(&mut self, _: &mut impl Host, info: InterruptionInfo) {
+    fn debug_exception(&mut self, info: InterruptionInfo) {
         let causes = self.vmcs.read(EXIT_QUALIFICATION) & DR6_CAUSES;
         let dr6 = self.dr6() & !DR6_B | causes;
         self.set_dr6(dr6);
@@ -627,7 +621,7 @@ impl Loaded<'_> {
         }
         self.set_primary(Primary::MONITOR_TRAP_FLAG, true);
         self.restore_nmi_blocking(qualification.nmi_unblocked_by_iret());
-        self.requeue(host);
+        self.requeue();
         Ok(())
     }
 
@@ -669,7 +663,7 @@ impl Loaded<'_> {
 
     /// Has the next VM entry deliver again what the exit interrupted: the guest's instruction, or
     /// the event's delivery, is resumed.
-    fn requeue(&mut self, _: &mut impl Host) {
+    fn requeue(&mut self) {
         let info = InterruptionInfo(self.vmcs.read(IDT_VECTORING_INFO));
         if !info.is_valid() {
             return;

@@ -5,6 +5,7 @@ use core::fmt;
 use vmx::addr::HostPhysAddr;
 use vmx::capability::{self, Capabilities};
 use vmx::instruction::{VmFail, vmxoff, vmxon};
+use vmx::msr_policy::msr::PAT;
 use vmx::vcpu::HostState;
 use x86_64::instructions::port::Port;
 use x86_64::registers::control::{Cr0, Cr0Flags, Cr3, Cr4, Cr4Flags};
@@ -18,8 +19,6 @@ use crate::memory;
 const FEATURE_CONTROL_LOCK: u64 = 1 << 0;
 /// IA32_FEATURE_CONTROL: VMXON is allowed outside SMX operation.
 const FEATURE_CONTROL_VMXON: u64 = 1 << 2;
-/// IA32_PAT.
-const IA32_PAT: u32 = 0x277;
 
 /// Why this CPU cannot run guests. The platform's fault, and something a person can act upon.
 #[derive(Debug, Clone, Copy)]
@@ -165,7 +164,7 @@ fn host_state(segments: &Segments, idt_base: u64) -> HostState {
         cr4: Cr4::read_raw(),
         efer: Efer::read_raw(),
         // SAFETY: PAT exists on every x86-64 CPU, and reading it has no side effect.
-        pat: unsafe { Msr::new(IA32_PAT).read() },
+        pat: unsafe { Msr::new(PAT).read() },
         cs,
         ss: segments.ss.0,
         tr: segments.tr.0,
