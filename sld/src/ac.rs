@@ -42,11 +42,14 @@ pub enum Verdict {
         real_bit: Option<RealBit>,
     },
     /// As `Warn`, but detection stays on for a sibling thread: the caller completes this one
-    /// instruction, by emulation or by a single step with the siblings held out of their guests.
+    /// instruction, by a single step between [`step_begin`](crate::step_begin) and
+    /// [`step_end`](crate::step_end), with the siblings held out of their guests, or by emulation.
+    /// The guest's next split lock raises #AC again.
     ///
-    /// Never returned for a core of which one thread is online. A hypervisor that cannot step
-    /// leaves the other threads offline; if it gets this verdict all the same, it ends the VM as
-    /// for [`Kill`](Self::Kill). To resume would raise the same #AC forever.
+    /// Only in `Warn`, and never for a core of which one thread is online. To resume without a
+    /// step would raise the same #AC forever; a hypervisor that can do neither leaves the other
+    /// threads offline, and if it gets this verdict all the same, ends the VM as for
+    /// [`Kill`](Self::Kill).
     Step {
         /// This task has not been warned before.
         first: bool,

@@ -1,4 +1,4 @@
-//! One CPU: probe at boot, task switch, end. The only place where the real bit is written.
+//! One CPU: probe at boot, task switch, step, end. The only place where the real bit is written.
 
 use core::fmt;
 
@@ -24,6 +24,8 @@ pub enum Why {
     GuestWrite,
     /// A task's split lock was let pass.
     Warn,
+    /// A step of one instruction began or ended.
+    Step,
     /// A CPU went offline.
     Offline,
 }
@@ -39,6 +41,7 @@ impl Why {
             Self::TaskSwitch => "task-switch",
             Self::GuestWrite => "guest-write",
             Self::Warn => "warn",
+            Self::Step => "step",
             Self::Offline => "offline",
         }
     }
@@ -201,7 +204,8 @@ fn start(
 
     let first = core.online == 0;
     if first {
-        *core = CoreState { online: 0, disabled: 0, on: found_on, boot_on: found_on };
+        *core =
+            CoreState { online: 0, disabled: 0, on: found_on, boot_on: found_on, stepping: false };
     } else if core.on != found_on {
         return Err(ProbeFailure::NotShared(found));
     }
@@ -245,7 +249,8 @@ fn write_and_compare(hardware: &mut impl TestCtrl, value: u64) -> Result<(), Pro
 }
 
 /// This CPU leaves VMX operation, or is halted for good: the bit becomes what it was at boot, or
-/// with siblings online what they want. No operation but [`online`] may follow on this CPU.
+/// with siblings online what they want. No operation but [`online`] may follow on this CPU. Not
+/// between this thread's own [`step_begin`] and [`step_end`].
 ///
 /// # Errors
 ///
@@ -259,6 +264,7 @@ pub fn offline(guard: &mut impl PreemptionDisabled) -> Written {
         written = this.settle(Why::Offline, |core| {
             core.online -= 1;
             core.disabled -= u8::from(disabled);
+            debug_assert!(core.online > 0 || !core.stepping, "the thread that steps goes offline");
             if core.online == 0 { core.boot_on } else { wanted(core, mode) }
         })?;
     }
@@ -284,16 +290,64 @@ pub fn task_switch(guard: &mut impl PreemptionDisabled, next: &Task) -> Written 
     }
 }
 
-/// The bit that a core's threads want.
-fn wanted(core: &CoreState, mode: SldMode) -> bool {
+/// One instruction of this thread's guest is about to be stepped, as [`Verdict::Step`] asks: the
+/// bit goes off until [`step_end`], unless it is off already.
+///
+/// The caller sees to it, from before this call until [`step_end`] has returned, that
+///
+/// * no other thread of the core is in its guest, for detection is off for all of them. Their
+///   hypervisor code may go on, with any operation of this crate but a step of their own: who is
+///   online and which flags are set is kept account of, and the bit stays off.
+/// * this thread is not preempted, lets its guest execute that one instruction (monitor-trap
+///   flag: Intel SDM vol. 3, "Monitor Trap Flag"), and calls nothing here but [`verify`]. Any VM
+///   exit ends the step, also one before the instruction has completed: first [`step_end`], then
+///   the exit.
+///
+/// Only in `Warn`. In other modes, where no verdict asks for it, nothing happens.
+///
+/// # Errors
+///
+/// As [`Written`] says; no step has begun.
+///
+/// [`Verdict::Step`]: crate::Verdict::Step
+/// [`verify`]: crate::verify
+pub fn step_begin(guard: &mut impl PreemptionDisabled) -> Written {
+    set_stepping(guard, true)
+}
+
+/// The step is over: the bit becomes what the core's threads want by now.
+///
+/// # Errors
+///
+/// As [`Written`] says; the core is still stepping, with the bit off, and the siblings' guests
+/// must stay where they are.
+pub fn step_end(guard: &mut impl PreemptionDisabled) -> Written {
+    set_stepping(guard, false)
+}
+
+fn set_stepping(guard: &mut impl PreemptionDisabled, stepping: bool) -> Written {
+    let mut this = guard.this_cpu();
+    let mode = this.cpu.mode;
+    if mode != SldMode::Warn {
+        return Ok(None);
+    }
+    this.settle(Why::Step, |core| {
+        debug_assert!(core.stepping != stepping, "one step at a time, each ended once");
+        core.stepping = stepping;
+        wanted(core, mode)
+    })
+}
+
+/// The bit that a core's threads want. While one of them steps, no other has a guest to protect.
+pub(crate) fn wanted(core: &CoreState, mode: SldMode) -> bool {
     match mode {
         SldMode::Off => false,
-        SldMode::Warn => core.disabled < core.online,
+        SldMode::Warn => core.disabled < core.online && !core.stepping,
         SldMode::Fatal => true,
     }
 }
 
-const fn bit(on: bool) -> u64 {
+pub(crate) const fn bit(on: bool) -> u64 {
     if on { TEST_CTRL_SPLIT_LOCK } else { 0 }
 }
 

@@ -82,6 +82,10 @@ pub trait TestCtrl {
 /// An implementation must see to it that, while the guard lives, the caller stays on this CPU and
 /// no task switch or other operation of this crate happens on it (preemption off, or interrupts
 /// off; nothing here is called from NMI context).
+///
+/// A step ([`step_begin`](crate::step_begin) to [`step_end`](crate::step_end)) is two operations
+/// of one whole: the caller stays on this CPU from the one to the other, while its guest executes
+/// an instruction.
 pub trait PreemptionDisabled {
     /// How this CPU's CPUID and MSRs are accessed.
     type Hardware: TestCtrl;

@@ -25,7 +25,9 @@
 //! | the host sets the guest's 0x33 | [`Vcpu::host_write`] | [`MsrWrite`] |
 //! | RESET, INIT | [`Vcpu::reset`] | [`Written`] |
 //! | #AC exit | [`Vcpu::on_ac`] | [`Verdict`] |
+//! | a [`Verdict::Step`] is carried out | [`step_begin`], [`step_end`] | [`Written`] |
 //! | a CPU goes offline | [`offline`] | [`Written`] |
+//! | a test build looks whether all is well | [`verify`] | [`Violation`] |
 //!
 //! Whatever wrote the real bit says so ([`RealBit`]), for counters and traces; no value is ever
 //! written over itself.
@@ -125,16 +127,28 @@
 //! # SMT
 //!
 //! While siblings are online, the bit is off only if all of them run tasks that have it disabled.
-//! A guest whose wish to have it off is not granted gets [`Verdict::Step`] for its split locks; a
-//! hypervisor that cannot single-step or emulate must run one thread per core.
+//! A guest whose wish to have it off is not granted gets [`Verdict::Step`] for its split locks. To
+//! carry it out:
+//!
+//! 1. Hold the core's other threads out of their guests, and wait until they are. Threads that
+//!    want to step wait for each other here: one of a core at a time.
+//! 2. [`step_begin`]: the bit is off, whatever the siblings' hypervisor code does meanwhile.
+//! 3. Enter the guest with the monitor-trap flag set, for one instruction. Nothing is injected but
+//!    an event whose delivery the #AC interrupted: that delivery then is what is stepped.
+//! 4. At the exit, whichever it is, [`step_end`] before anything else: the bit is again what the
+//!    threads want.
+//! 5. Let the siblings go.
+//!
+//! A hypervisor that can neither single-step nor emulate must run one thread per core.
 //!
 //! # How it is checked
 //!
 //! `src/check` explores every order of all operations in small systems (one and two CPUs, one core
 //! or two, every mode, pairs of VMs of all kinds, preemption and migration between any two steps,
-//! hardware that lacks the bit or fails) against a separate model of the hardware, and the
-//! invariants of its `system.rs` must hold in every state; random long sequences do the same for
-//! systems of four CPUs. `tests/mutants.rs` seeds faults into this source, and all must be found.
+//! hardware that lacks the bit or fails, steps with a sibling doing anything meanwhile) against a
+//! separate model of the hardware, and the invariants of its `system.rs` must hold in every state;
+//! random long sequences do the same for systems of four CPUs. [`verify`] must agree in each, and
+//! must notice when one is damaged. `tests/mutants.rs` seeds faults into this source, and all must be found.
 //! `tests/verdicts.csv` is the verdict table expanded to every input.
 
 #![cfg_attr(not(test), no_std)]
@@ -148,10 +162,11 @@ mod hardware;
 mod mode;
 mod smt;
 mod vcpu;
+mod verify;
 
 pub use ac::{AcContext, Verdict};
 pub use cpu::{Cpu, Detection, Online, ProbeFailure, RealBit, Why, Written};
-pub use cpu::{offline, online, task_switch};
+pub use cpu::{offline, online, step_begin, step_end, task_switch};
 pub use hardware::{
     CORE_CAPABILITIES_SPLIT_LOCK, CPUID_CORE_CAPABILITIES, MSR_CORE_CAPABILITIES, MSR_TEST_CTRL,
     MsrFault, PreemptionDisabled, TEST_CTRL_SPLIT_LOCK, TestCtrl, ThisCpu,
@@ -159,3 +174,4 @@ pub use hardware::{
 pub use mode::{Host, PolicyError, SldMode, UnknownMode, VmPolicy};
 pub use smt::Core;
 pub use vcpu::{Msr, MsrWrite, Task, Vcpu};
+pub use verify::{Violation, verify};

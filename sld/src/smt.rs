@@ -4,7 +4,8 @@
 //! each other. The bit is therefore decided from what all online threads of the core run: it is
 //! off only if every one of them runs a task with the flag set. In all other cases it stays on,
 //! and the tasks with the flag set hit #ACs that are not meant for their guests:
-//! [`Verdict::Step`](crate::Verdict::Step).
+//! [`Verdict::Step`](crate::Verdict::Step). Its one instruction is the exception: while a thread
+//! steps, the bit is off whatever the others run, since their guests are held out.
 
 use core::hint;
 use core::ops::{Deref, DerefMut};
@@ -23,6 +24,7 @@ pub struct Core(pub(crate) AtomicU32);
 pub(crate) const LOCKED: u32 = 1 << 31;
 const ON: u32 = 1 << 30;
 const BOOT_ON: u32 = 1 << 29;
+const STEPPING: u32 = 1 << 28;
 const ONLINE_SHIFT: u32 = 8;
 
 impl Core {
@@ -72,6 +74,8 @@ pub(crate) struct CoreState {
     pub(crate) on: bool,
     /// The real bit as the first thread found it.
     pub(crate) boot_on: bool,
+    /// One thread's guest executes one instruction with the bit off, the others execute none.
+    pub(crate) stepping: bool,
 }
 
 impl CoreState {
@@ -82,6 +86,7 @@ impl CoreState {
             disabled: word as u8,
             on: word & ON != 0,
             boot_on: word & BOOT_ON != 0,
+            stepping: word & STEPPING != 0,
         }
     }
 
@@ -91,6 +96,7 @@ impl CoreState {
             | self.disabled as u32
             | if self.on { ON } else { 0 }
             | if self.boot_on { BOOT_ON } else { 0 }
+            | if self.stepping { STEPPING } else { 0 }
     }
 }
 

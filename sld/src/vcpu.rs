@@ -206,7 +206,9 @@ impl Vcpu {
         self.write(guard, task, value)
     }
 
-    /// The vCPU is reset, by RESET or INIT.
+    /// The vCPU is reset, by RESET or INIT: at once in force if it is loaded, else with its next
+    /// load. It stays loaded. `task` is its own here as well: an INIT from elsewhere is for the CPU
+    /// that runs the vCPU to carry out, or to be kept until one does.
     ///
     /// # Errors
     ///

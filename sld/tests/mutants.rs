@@ -102,6 +102,70 @@ const MUTANTS: &[Mutant] = &[
           ("let mut next = *core;", "let mut next = core;"),
           ("        *core = next;\n        Ok(written)", "        *self.core.lock() = next;\n        Ok(written)")]),
 
+    // A step.
+    mutant("cpu.rs", THREADS, "a step leaves the bit on",
+        &[("core.disabled < core.online && !core.stepping", "core.disabled < core.online")]),
+    mutant("cpu.rs", THREADS, "what a sibling runs ends the step",
+        &[("wanted(core, SldMode::Warn)", "wanted(&CoreState { stepping: false, ..*core }, SldMode::Warn)")]),
+    mutant("cpu.rs", THREADS, "a sibling that comes online ends the step",
+        &[("next.on = wanted(&next, mode);", "next.on = wanted(&CoreState { stepping: false, ..next }, mode);")]),
+    mutant("cpu.rs", THREADS, "a sibling that goes offline ends the step",
+        &[("core.boot_on } else { wanted(core, mode) }",
+           "core.boot_on } else { wanted(&CoreState { stepping: false, ..*core }, mode) }")]),
+    mutant("cpu.rs", THREADS, "what siblings do during a step is not counted",
+        &[("    fn settle(&mut self, why: Why, change: impl FnOnce(&mut CoreState) -> bool) -> Written {\n",
+           "    fn settle(&mut self, why: Why, change: impl FnOnce(&mut CoreState) -> bool) -> Written {
+        if why != Why::Step && self.core.lock().stepping {
+            return Ok(None);
+        }\n")]),
+    mutant("cpu.rs", THREADS, "the step's end does not restore the bit",
+        &[("        core.stepping = stepping;\n        wanted(core, mode)",
+           "        core.stepping = stepping;\n        core.on && wanted(core, mode)")]),
+    mutant("cpu.rs", THREADS, "the step's end switches detection on, whatever is wanted",
+        &[("        core.stepping = stepping;\n        wanted(core, mode)",
+           "        core.stepping = stepping;\n        !stepping")]),
+    mutant("cpu.rs", THREADS, "the step does not end",
+        &[("core.stepping = stepping;", "core.stepping |= stepping;")]),
+    mutant("cpu.rs", ONE_CPU, "a step where the host is fatal",
+        &[("    if mode != SldMode::Warn {\n", "    if mode == SldMode::Off {\n"),
+          ("SldMode::Fatal => true,", "SldMode::Fatal => !core.stepping,")]),
+    mutant("cpu.rs", ODD, "a step where detection is absent",
+        &[("    if mode != SldMode::Warn {\n", "    if mode == SldMode::Fatal {\n"),
+          ("SldMode::Off => false,", "SldMode::Off => core.stepping,")]),
+    mutant("vcpu.rs", THREADS, "resumed because a sibling steps with the bit off",
+        &[("(already && !this.core.has_siblings())", "(already && !this.core.has_siblings()) || (!already && !this.core.lock().on)")]),
+
+    // Verify.
+    mutant("verify.rs", ONE_CPU, "verify does not compare the flags",
+        &[("if cpu.disabled != flag {", "if false {")]),
+    mutant("verify.rs", ODD, "verify expects the flag where it says nothing",
+        &[("let flag = cpu.mode == SldMode::Warn && task.disabled;", "let flag = task.disabled;")]),
+    mutant("verify.rs", ODD, "verify reads where detection is absent",
+        &[("if cpu.test_ctrl != Presence::Works {", "if false {")]),
+    mutant("verify.rs", ONE_CPU, "verify reads outside of the critical section",
+        &[("let core = core.lock();", "let core = *core.lock();")]),
+    mutant("verify.rs", ONE_CPU, "verify compares bit 29 alone",
+        &[("Ok(found) if found == expected => {}", "Ok(found) if (found ^ expected) & bit(true) == 0 => {}")]),
+    mutant("verify.rs", ONE_CPU, "verify does not compare bit 29",
+        &[("Ok(found) if found == expected => {}", "Ok(found) if (found ^ expected) & !bit(true) == 0 => {}")]),
+    mutant("verify.rs", ONE_CPU, "verify takes an MSR that faults",
+        &[("Err(MsrFault) => return Err(Violation::Unreadable { expected }),", "Err(MsrFault) => {}")]),
+    mutant("verify.rs", ONE_CPU, "verify believes what the core says of the bit",
+        &[("if core.on != expected {", "if false {")]),
+    mutant("verify.rs", THREADS, "verify takes no notice of the step",
+        &[("let expected = wanted(&core, cpu.mode);", "let expected = core.on && core.stepping || wanted(&core, cpu.mode);")]),
+    mutant("verify.rs", THREADS, "verify holds the step for a fault",
+        &[(" && !core.stepping", "")]),
+    mutant("verify.rs", ONE_CPU, "verify believes the core's counts",
+        &[(" && core.on == flag {", " && false {")]),
+    mutant("verify.rs", THREADS, "verify believes the core's counts with siblings",
+        &[("core.online > 1 && flag;", "core.online > 1;")]),
+    mutant("verify.rs", THREADS, "verify denies siblings their say",
+        &[("core.online > 1 && flag;", "false;")]),
+    mutant("verify.rs", ONE_CPU, "verify writes what it expects",
+        &[("        Ok(found) => return Err(Violation::TestCtrl { expected, found }),",
+           "        Ok(_) => hardware.write_test_ctrl(expected).unwrap(),")]),
+
     // Load and put.
     mutant("vcpu.rs", ONE_CPU, "load without effect",
         &[("self.update(guard, task, self.wants_on(), Why::Load)", "self.update(guard, task, !task.disabled, Why::Load)")]),
@@ -280,6 +344,8 @@ fn build(dir: &Path, mutant: &Mutant) -> Result<PathBuf, String> {
     compile
         .args(["--edition=2024", "--test", "--crate-name=sld", "--cap-lints=allow"])
         .args(["-Cdebug-assertions=on"])
+        // One mutant differs from the last in a few lines.
+        .arg(format!("-Cincremental={}", dir.join("incremental").display()))
         .arg(src.join("lib.rs"))
         .arg("-o")
         .arg(&program);

@@ -58,6 +58,7 @@ proptest! {
             for step in [
                 system.step_with_fault(&config, op),
                 system.step(&config, op).map(|next| system = next),
+                system.check_state(&config),
             ] {
                 prop_assert!(step.is_ok(), "{op:?}: {:?}", step.unwrap_err());
             }

@@ -10,11 +10,12 @@ use super::hardware::{Access, BIT, Kind, Thread};
 use crate::smt::LOCKED;
 use crate::{
     AcContext, Core, Cpu, Detection, Host, Msr, MsrFault, MsrWrite, Online, PreemptionDisabled,
-    ProbeFailure, RealBit, SldMode, Task, TestCtrl, ThisCpu, Vcpu, Verdict, VmPolicy, Why,
+    ProbeFailure, RealBit, SldMode, Task, TestCtrl, ThisCpu, Vcpu, Verdict, Violation, VmPolicy,
+    Why,
 };
 
 /// A bit of 0x33 that is not the guest's.
-const OTHER: u64 = 1 << 3;
+pub const OTHER: u64 = 1 << 3;
 
 /// What the firmware left in the platform's bits.
 const PLATFORM: u64 = 0x8000_0000_0000_0011;
@@ -48,11 +49,13 @@ pub struct Vm {
 /// invariants need to remember of the past.
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct System<const C: usize, const V: usize> {
-    msrs: [u64; C],
-    cores: [u32; C],
-    cpus: [Cpu; C],
+    pub(super) msrs: [u64; C],
+    pub(super) cores: [u32; C],
+    pub(super) cpus: [Cpu; C],
     /// What each CPU runs; nothing while it is offline.
-    running: [Option<Runs>; C],
+    pub(super) running: [Option<Runs>; C],
+    /// The CPUs that step: no other of the core runs its guest.
+    steps: [bool; C],
     tasks: Tasks<C, V>,
     vcpus: [Vcpu; V],
     past: [Past; V],
@@ -121,6 +124,8 @@ pub enum Op {
     Legacy(usize),
     /// It handles another #AC, where nothing can have raised it.
     Bogus(usize),
+    StepBegin(usize),
+    StepEnd(usize),
 }
 
 /// An invariant that does not hold.
@@ -145,13 +150,15 @@ const LEGACY: AcContext = AcContext { cpl: 3, cr0_am: true, eflags_ac: true };
 const NO_REDUNDANT_WRITE: &str = "no WRMSR that changes nothing";
 const PLATFORM_BITS: &str = "the other bits of 0x33 never change";
 const NOT_ON_THE_LIST: &str = "0x33 is never touched on a CPU that is not on the list";
-const CRITICAL_SECTION: &str = "0x33 is written with the core locked";
-const NEIGHBOUR: &str = "detection is never off for a thread whose task wants it on";
+const CRITICAL_SECTION: &str = "0x33 is read and written with the core locked";
+const NEIGHBOUR: &str = "detection is never off for a thread whose task wants it on, but in a step";
+const STEP: &str = "the real bit is off while a thread of the core steps";
 const ONE_WRITE: &str = "one operation writes the real bit once at most";
 const REPORTED: &str = "every write of the real bit is reported, with its value and reason";
 const ISOLATION: &str = "no operation changes another task, vCPU or CPU";
 const PROBED: &str = "a CPU enforces the host's mode if its bit works, else it runs as off";
-const WARN: &str = "warn: the real bit is off exactly if all threads run tasks with the flag";
+const WARN: &str =
+    "warn: the real bit is off exactly if all threads run tasks with the flag, or one steps";
 const FATAL: &str = "fatal: the real bit is always 1";
 const OFF: &str = "off: the real bit is always 0";
 const BOOT_VALUE: &str = "an offline core has its boot value";
@@ -171,6 +178,7 @@ const WARN_ONCE: &str = "a task is warned once";
 const PROGRESS: &str = "after a verdict to resume, the instruction completes";
 const FAULT_LEAVES: &str = "an access that faults leaves flags and hardware as they were";
 const NO_FAULT: &str = "no operation fails on hardware that works";
+const VERIFY: &str = "verify finds nothing wrong, and changes nothing";
 
 struct Here<'a> {
     cpu: &'a mut Cpu,
@@ -190,7 +198,7 @@ impl<'a> PreemptionDisabled for Here<'a> {
 struct Watched<'a> {
     thread: Thread<'a>,
     core: &'a Core,
-    unlocked_write: bool,
+    unlocked: bool,
 }
 
 impl TestCtrl for Watched<'_> {
@@ -203,11 +211,12 @@ impl TestCtrl for Watched<'_> {
     }
 
     fn read_test_ctrl(&mut self) -> Result<u64, MsrFault> {
+        self.unlocked |= self.core.0.load(Ordering::Relaxed) & LOCKED == 0;
         self.thread.read_test_ctrl()
     }
 
     fn write_test_ctrl(&mut self, value: u64) -> Result<(), MsrFault> {
-        self.unlocked_write |= self.core.0.load(Ordering::Relaxed) & LOCKED == 0;
+        self.unlocked |= self.core.0.load(Ordering::Relaxed) & LOCKED == 0;
         self.thread.write_test_ctrl(value)
     }
 }
@@ -215,6 +224,16 @@ impl TestCtrl for Watched<'_> {
 impl<const C: usize, const V: usize> Config<C, V> {
     pub fn kind(&self, cpu: usize) -> Kind {
         self.kinds[self.core_of[cpu]]
+    }
+
+    /// Whether this CPU can be asked to step; elsewhere, to ask does nothing.
+    fn warns(&self, cpu: usize) -> bool {
+        self.mode == SldMode::Warn && self.kind(cpu).works()
+    }
+
+    /// Whether this CPU has siblings, online or not.
+    fn has_siblings(&self, cpu: usize) -> bool {
+        self.core_of.iter().filter(|&&core| core == self.core_of[cpu]).count() > 1
     }
 
     fn mixed(&self) -> bool {
@@ -258,6 +277,7 @@ impl<const C: usize, const V: usize> System<C, V> {
             cores: [0; C],
             cpus: [const { Cpu::new() }; C],
             running: [None; C],
+            steps: [false; C],
             tasks: Tasks {
                 idle: std::array::from_fn(|cpu| Task::new((V + cpu) as u32)),
                 vcpu: std::array::from_fn(|vcpu| config.task(vcpu)),
@@ -275,6 +295,10 @@ impl<const C: usize, const V: usize> System<C, V> {
                 ops.push(Op::Online(cpu));
                 continue;
             };
+            if self.steps[cpu] {
+                ops.push(Op::StepEnd(cpu));
+                continue;
+            }
             ops.push(Op::Offline(cpu));
             // Guest state may stay loaded in a task that is switched away, even one that migrates,
             // except between CPUs that differ in what they detect.
@@ -300,6 +324,11 @@ impl<const C: usize, const V: usize> System<C, V> {
             ops.extend([Op::Load(cpu), Op::Legacy(cpu)]);
             if config.mode == SldMode::Off || !config.kind(cpu).works() {
                 ops.push(Op::Bogus(cpu));
+            }
+            if !config.warns(cpu) {
+                ops.extend([Op::StepBegin(cpu), Op::StepEnd(cpu)]);
+            } else if config.has_siblings(cpu) && !self.core_steps(config, cpu) {
+                ops.push(Op::StepBegin(cpu));
             }
             match past.pending {
                 // CPUs that differ in what they detect do not judge each other's #ACs.
@@ -339,12 +368,12 @@ impl<const C: usize, const V: usize> System<C, V> {
         }
     }
 
-    /// The system after `op`, one of [`enabled`](Self::enabled), if all invariants hold.
+    /// The system after `op`, one of [`enabled`](Self::enabled), if the invariants of what
+    /// happens hold; those of what is, [`check_state`](Self::check_state) knows.
     pub fn step(&self, config: &Config<C, V>, op: Op) -> Result<Self, Broken> {
         let mut next = self.clone();
         next.apply(config, op, self)?;
         next.check_isolation(config, op, self)?;
-        next.check_state(config)?;
         next.reuse(config);
         Ok(next)
     }
@@ -365,13 +394,22 @@ impl<const C: usize, const V: usize> System<C, V> {
         self.msrs[config.core_of[cpu]] & BIT != 0
     }
 
+    /// Whether a thread of this CPU's core steps.
+    pub(super) fn core_steps(&self, config: &Config<C, V>, cpu: usize) -> bool {
+        (0..C).any(|other| self.steps[other] && config.core_of[other] == config.core_of[cpu])
+    }
+
     /// The flag of the task that this CPU runs.
-    fn flag(&self, cpu: usize, runs: Runs) -> bool {
+    pub(super) fn flag(&self, cpu: usize, runs: Runs) -> bool {
         self.tasks.run_by(cpu, runs).disabled
     }
 
     /// The online threads that share `cpu`'s core, without itself.
-    fn siblings(&self, config: &Config<C, V>, cpu: usize) -> impl Iterator<Item = (usize, Runs)> {
+    pub(super) fn siblings(
+        &self,
+        config: &Config<C, V>,
+        cpu: usize,
+    ) -> impl Iterator<Item = (usize, Runs)> {
         let core_of = config.core_of;
         let online = self.running;
         (0..C)
@@ -390,20 +428,21 @@ impl<const C: usize, const V: usize> System<C, V> {
         let core = Core(AtomicU32::new(self.cores[index]));
         let neighbours_want_on = config.mode != SldMode::Off
             && config.kind(cpu).works()
+            && !self.core_steps(config, cpu)
             && self.siblings(config, cpu).any(|(other, runs)| !self.flag(other, runs));
         let kind = if config.writes_fault { Kind::ReadOnly } else { config.kind(cpu) };
         let thread = Thread { kind, msr: &mut self.msrs[index], accesses: Vec::new() };
         let mut here = Here {
             cpu: &mut self.cpus[cpu],
             core: &core,
-            hardware: Watched { thread, core: &core, unlocked_write: false },
+            hardware: Watched { thread, core: &core, unlocked: false },
         };
         let result = operation(&mut here, &mut self.tasks, &mut self.vcpus);
-        let Watched { thread, unlocked_write, .. } = here.hardware;
+        let Watched { thread, unlocked, .. } = here.hardware;
         let accesses = thread.accesses;
         self.cores[index] = core.0.into_inner();
 
-        ensure!(!unlocked_write, CRITICAL_SECTION, "cpu {cpu}");
+        ensure!(!unlocked, CRITICAL_SECTION, "cpu {cpu}");
         let mut written = Vec::new();
         for access in accesses {
             let Access::Write { old, new } = access else {
@@ -536,6 +575,17 @@ impl<const C: usize, const V: usize> System<C, V> {
             }
             Op::Legacy(cpu) => self.verdict(config, cpu, self.vcpu_on(cpu), LEGACY, before)?,
             Op::Bogus(cpu) => self.verdict(config, cpu, self.vcpu_on(cpu), SPLIT_LOCK, before)?,
+            Op::StepBegin(cpu) => {
+                self.steps[cpu] = config.warns(cpu);
+                let (result, written) =
+                    self.on(config, cpu, |here, _, _| crate::step_begin(here))?;
+                self.check_written(&written, result, Why::Step)?;
+            }
+            Op::StepEnd(cpu) => {
+                let (result, written) = self.on(config, cpu, |here, _, _| crate::step_end(here))?;
+                self.check_written(&written, result, Why::Step)?;
+                self.steps[cpu] = false;
+            }
         }
         Ok(())
     }
@@ -596,6 +646,7 @@ impl<const C: usize, const V: usize> System<C, V> {
         let (first, real_bit) = match verdict {
             Verdict::Warn { first, real_bit } => {
                 ensure!(!self.bit(config, cpu), PROGRESS, "resumed with the bit on");
+                ensure!(!self.core_steps(config, cpu), PROGRESS, "a step's end may undo it");
                 let before = before.tasks.vcpu[vcpu].disabled;
                 ensure!(!before || siblings == 0, PROGRESS, "a sibling may undo it forever");
                 (first, real_bit)
@@ -666,7 +717,11 @@ impl<const C: usize, const V: usize> System<C, V> {
     /// What is not the operation's business is as it was.
     fn check_isolation(&self, config: &Config<C, V>, op: Op, before: &Self) -> Result<(), Broken> {
         let (cpu, vcpu) = match op {
-            Op::Online(cpu) | Op::Offline(cpu) | Op::Switch(cpu, _) => (cpu, None),
+            Op::Online(cpu)
+            | Op::Offline(cpu)
+            | Op::Switch(cpu, _)
+            | Op::StepBegin(cpu)
+            | Op::StepEnd(cpu) => (cpu, None),
             Op::HostWrite(cpu, vcpu, _) => (cpu, Some(vcpu)),
             Op::Load(cpu)
             | Op::Put(cpu)
@@ -696,13 +751,15 @@ impl<const C: usize, const V: usize> System<C, V> {
         Ok(())
     }
 
-    fn check_state(&self, config: &Config<C, V>) -> Result<(), Broken> {
+    /// What must hold whenever no operation is under way.
+    pub fn check_state(&self, config: &Config<C, V>) -> Result<(), Broken> {
         for index in 0..C {
             self.check_core(config, index)?;
         }
         for cpu in 0..C {
             if let Some(runs) = self.running[cpu] {
                 self.check_cpu(config, cpu, runs)?;
+                self.check_verify(config, cpu, runs)?;
             }
         }
         for vcpu in 0..V {
@@ -736,6 +793,10 @@ impl<const C: usize, const V: usize> System<C, V> {
             return Ok(());
         }
         let on = msr & BIT != 0;
+        if (0..C).any(|cpu| self.steps[cpu] && config.core_of[cpu] == index) {
+            ensure!(!on, STEP, "core {index}");
+            return Ok(());
+        }
         match config.mode {
             SldMode::Off => ensure!(!on, OFF, "core {index}"),
             SldMode::Warn => {
@@ -744,6 +805,26 @@ impl<const C: usize, const V: usize> System<C, V> {
             SldMode::Fatal => ensure!(on, FATAL, "core {index}"),
         }
         Ok(())
+    }
+
+    fn check_verify(&self, config: &Config<C, V>, cpu: usize, runs: Runs) -> Result<(), Broken> {
+        let mut after = self.clone();
+        let result = after.verify(config, cpu, runs)?;
+        ensure!(result == Ok(()), VERIFY, "cpu {cpu}: {result:?}");
+        ensure!(after == *self, VERIFY, "cpu {cpu}");
+        Ok(())
+    }
+
+    /// What `verify` says of this CPU.
+    pub(super) fn verify(
+        &mut self,
+        config: &Config<C, V>,
+        cpu: usize,
+        runs: Runs,
+    ) -> Result<Result<(), Violation>, Broken> {
+        let (result, _) =
+            self.on(config, cpu, |here, tasks, _| crate::verify(here, tasks.run_by(cpu, runs)))?;
+        Ok(result)
     }
 
     fn check_cpu(&self, config: &Config<C, V>, cpu: usize, runs: Runs) -> Result<(), Broken> {
@@ -758,6 +839,9 @@ impl<const C: usize, const V: usize> System<C, V> {
         ensure!(self.cpus[cpu].disabled == flag, MIRROR, "cpu {cpu}");
 
         let Runs::Vcpu(vcpu) = runs else { return Ok(()) };
+        if self.core_steps(config, cpu) {
+            return Ok(());
+        }
         let past = &self.past[vcpu];
         let on = self.bit(config, cpu);
         if config.policy(vcpu) == SldMode::Fatal {

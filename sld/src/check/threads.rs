@@ -1,12 +1,13 @@
 //! Two SMT siblings that really run at the same time, as two threads of this program.
 
+use std::sync::RwLock;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::thread;
 
 use super::hardware::BIT;
 use crate::{
     Core, Cpu, Detection, Host, MsrFault, PreemptionDisabled, SldMode, Task, TestCtrl, ThisCpu,
-    Vcpu, VmPolicy, offline, online,
+    Vcpu, VmPolicy, Why, offline, online, step_begin, step_end, verify,
 };
 
 const ROUNDS: u32 = 20_000;
@@ -53,20 +54,37 @@ impl<'a> PreemptionDisabled for Guard<'a> {
     }
 }
 
-/// One sibling's life: its guest wants detection off while loaded; its host wants it on.
-fn run(id: u32, core: &Core, msr: &AtomicU64, redundant: &AtomicU32) -> u32 {
+/// One sibling's life: its guest wants detection off while loaded; its host wants it on. Now and
+/// then it steps. `guests` is held shared where a guest runs, alone where one steps.
+fn run(id: u32, core: &Core, msr: &AtomicU64, redundant: &AtomicU32, guests: &RwLock<()>) -> u32 {
     let mut guard = Guard { cpu: Cpu::new(), core, hardware: Sibling { msr, redundant } };
     assert_eq!(online(&mut guard, SldMode::Warn).detection, Detection::Works);
     let host = Host { configured: SldMode::Warn, enforced: SldMode::Warn };
     let mut vcpu = Vcpu::new(VmPolicy::new(host, None, true).unwrap());
     let mut task = Task::new(id);
     let mut lost = 0;
-    for _ in 0..ROUNDS {
+    for round in 0..ROUNDS {
         vcpu.load(&mut guard, &mut task).unwrap();
+        verify(&mut guard, &task).unwrap();
+        if round % 16 == 0 {
+            let alone = guests.write().unwrap();
+            let begun = step_begin(&mut guard).unwrap();
+            assert!(begun.is_none_or(|real_bit| !real_bit.on && real_bit.why == Why::Step));
+            // The sibling loads and puts meanwhile.
+            for _ in 0..8 {
+                assert_eq!(msr.load(Ordering::SeqCst) & BIT, 0, "split lock during a step");
+                verify(&mut guard, &task).unwrap();
+            }
+            step_end(&mut guard).unwrap();
+            drop(alone);
+        }
         vcpu.put(&mut guard, &mut task).unwrap();
+        verify(&mut guard, &task).unwrap();
+        let guest = guests.read().unwrap();
         for _ in 0..8 {
             lost += u32::from(msr.load(Ordering::SeqCst) & BIT == 0);
         }
+        drop(guest);
     }
     offline(&mut guard).unwrap();
     lost
@@ -77,11 +95,12 @@ fn siblings_never_lose_detection_to_each_other() {
     let core = Core::new();
     let msr = AtomicU64::new(0);
     let redundant = AtomicU32::new(0);
+    let guests = RwLock::new(());
     let lost: u32 = thread::scope(|scope| {
         let siblings = [0, 1].map(|id| {
             scope.spawn({
-                let (core, msr, redundant) = (&core, &msr, &redundant);
-                move || run(id, core, msr, redundant)
+                let (core, msr, redundant, guests) = (&core, &msr, &redundant, &guests);
+                move || run(id, core, msr, redundant, guests)
             })
         });
         siblings.map(|sibling| sibling.join().unwrap()).iter().sum()
