@@ -90,25 +90,41 @@ pub enum Delivery {
     Fixed(u8),
     /// An NMI.
     Nmi,
-    /// INIT, SIPI and what is reserved: nothing that a running vCPU does to itself.
+    /// INIT: the vCPU is reset and waits for its start.
+    Init,
+    /// A start-up IPI (SIPI): a vCPU that waits for it starts at the page of this number.
+    Startup(u8),
+    /// Nothing: SMI, INIT level de-assert, and what is reserved.
     Other,
 }
 
 impl Ipi {
     /// Bits 10:8, with the vector.
+    ///
+    /// INIT and SIPI are not for shorthands that mean the sender too: section "Interrupt Command
+    /// Register (ICR)", table of valid combinations. INIT with level 0 (bit 14) and trigger mode
+    /// level (bit 15) is a de-assert, which x2APIC mode does not have.
     pub const fn delivery(self) -> Delivery {
+        let to_others = matches!(self.shorthand(), 0 | 3);
         match (self.0 >> 8) & 7 {
             0 | 1 => Delivery::Fixed(self.0 as u8),
             4 => Delivery::Nmi,
+            5 if to_others && (self.0 >> 14) & 3 != 2 => Delivery::Init,
+            6 if to_others => Delivery::Startup(self.0 as u8),
             _ => Delivery::Other,
         }
+    }
+
+    /// Bits 19:18: 0 none, 1 self, 2 all including self, 3 all excluding self.
+    const fn shorthand(self) -> u64 {
+        (self.0 >> 18) & 3
     }
 
     /// Whether the APIC with this ID is meant: by shorthand (bits 19:18), or by destination (bits
     /// 63:32), physical or logical (bit 11).
     pub const fn reaches(self, id: u32, sender: u32) -> bool {
         let destination = (self.0 >> 32) as u32;
-        match (self.0 >> 18) & 3 {
+        match self.shorthand() {
             1 => id == sender,
             2 => true,
             3 => id != sender,
@@ -191,6 +207,18 @@ impl LocalApic {
             initial_count: 0,
             deadline: None,
         }
+    }
+
+    /// INIT: as after RESET. What INIT keeps is the ID and x2APIC mode: section "x2APIC State
+    /// Transitions".
+    pub const fn reset(&mut self) {
+        *self = Self::new(self.id);
+    }
+
+    /// IA32_APIC_BASE: the default base, x2APIC mode (bits 11 and 10), bootstrap processor (bit 8).
+    /// The mode cannot be left: there is no APIC page.
+    pub const fn base(&self) -> u64 {
+        if self.id == 0 { 0xfee0_0d00 } else { 0xfee0_0c00 }
     }
 
     /// Its ID.
@@ -388,6 +416,18 @@ impl LocalApic {
         }
     }
 
+    /// [`Self::raise`] for each vector whose bit is set.
+    pub fn raise_all(&mut self, vectors: [u64; 4]) {
+        if self.svr & SVR_ENABLED == 0 {
+            return;
+        }
+        let mut valid = [u64::MAX; 4];
+        valid[0] <<= FIRST_VECTOR;
+        for ((word, vectors), valid) in self.irr.0.iter_mut().zip(vectors).zip(valid) {
+            *word |= vectors & valid;
+        }
+    }
+
     /// Processor priority: the higher one of task priority and what is in service.
     fn ppr(&self) -> u8 {
         let in_service = self.isr.highest().unwrap_or(0) & 0xf0;
@@ -527,7 +567,6 @@ mod tests {
         assert_eq!(ipi.delivery(), Delivery::Fixed(0x55));
         assert!(ipi.reaches(3, 0) && !ipi.reaches(0, 0));
         assert_eq!(Ipi(4 << 8).delivery(), Delivery::Nmi);
-        assert_eq!(Ipi(5 << 8).delivery(), Delivery::Other);
         let shorthand = |code: u64| Ipi(code << 18);
         assert!(shorthand(1).reaches(2, 2) && !shorthand(1).reaches(1, 2));
         assert!(shorthand(2).reaches(2, 2) && shorthand(2).reaches(1, 2));
@@ -535,6 +574,79 @@ mod tests {
         assert!(Ipi(0xffff_ffff << 32).reaches(9, 0));
         let logical = Ipi(0x1_0006 << 32 | 1 << 11);
         assert!(logical.reaches(0x11, 0) && logical.reaches(0x12, 0) && !logical.reaches(1, 0));
+    }
+
+    #[test]
+    fn deliveries_by_mode_and_shorthand() {
+        const VECTOR: u64 = 0x9a;
+        let expected = [
+            Delivery::Fixed(0x9a),
+            Delivery::Fixed(0x9a),
+            Delivery::Other,
+            Delivery::Other,
+            Delivery::Nmi,
+            Delivery::Init,
+            Delivery::Startup(0x9a),
+            Delivery::Other,
+        ];
+        for (mode, expected) in (0..).zip(expected) {
+            for (level_and_trigger, shorthand) in (0..4).flat_map(|a| (0..4).map(move |b| (a, b))) {
+                let bits = mode << 8 | level_and_trigger << 14 | shorthand << 18 | VECTOR;
+                let to_sender = shorthand == 1 || shorthand == 2;
+                let expected = match expected {
+                    Delivery::Init if to_sender || level_and_trigger == 2 => Delivery::Other,
+                    Delivery::Startup(_) if to_sender => Delivery::Other,
+                    other => other,
+                };
+                assert_eq!(Ipi(bits).delivery(), expected, "{bits:#x}");
+            }
+        }
+        // As kernels start a CPU: INIT assert, INIT de-assert, SIPI.
+        let sequence = [0xc500, 0x8500, 0x4608].map(|bits| Ipi(1 << 32 | bits).delivery());
+        assert_eq!(sequence, [Delivery::Init, Delivery::Other, Delivery::Startup(8)]);
+    }
+
+    #[test]
+    fn many_vectors_are_raised_as_each_alone() {
+        let vectors = [u64::MAX, 1 << 63, 0, 0x8000_0000_0000_0001];
+        for mut apic in [enabled(), LocalApic::new(0)] {
+            apic.raise(0x50);
+            let mut one_by_one = apic.clone();
+            apic.raise_all(vectors);
+            for vector in 0..=u8::MAX {
+                if vectors[usize::from(vector / 64)] & 1 << (vector % 64) != 0 {
+                    one_by_one.raise(vector);
+                }
+            }
+            assert_eq!(apic.irr, one_by_one.irr);
+        }
+    }
+
+    #[test]
+    fn init_leaves_the_id_alone() {
+        let mut apic = LocalApic::new(0x15);
+        for (register, value) in [
+            (SVR, 0x1ff),
+            (TPR, 0x20),
+            (DIVIDE, 0xb),
+            (LVT_TIMER, 0x2_0041),
+            (INITIAL_COUNT, 5000),
+            (LVT_ERROR, 0x30),
+        ] {
+            assert_eq!(apic.write(register, value, 0), Ok(Command::Done));
+        }
+        let _ = apic.write(ICR, 0x4_0055, 0).unwrap();
+        apic.raise_all([0, 6, 0, 0]);
+        apic.acknowledge(0x41);
+        apic.reset();
+        let fresh = LocalApic::new(0x15);
+        for register in 0..X2APIC_REGISTERS {
+            assert_eq!(apic.read(register, 1), fresh.read(register, 1), "{register:#x}");
+        }
+        assert_eq!((apic.read(ID, 0), apic.read(SVR, 0)), (Some(0x15), Some(0xff)));
+        assert_eq!((apic.wakes_at(), apic.tsc_deadline()), (None, 0));
+        apic.tick(u64::MAX);
+        assert_eq!(apic.deliverable(), None);
     }
 
     #[test]

@@ -108,12 +108,13 @@ pub const EXIT: Exit = Exit::SAVE_DEBUG_CONTROLS
 pub const ENTRY: Entry = Entry::LOAD_DEBUG_CONTROLS.union(Entry::LOAD_PAT).union(Entry::LOAD_EFER);
 
 /// Bits of IA32_VMX_EPT_VPID_CAP that are needed, with their names.
-const EPT_VPID: [(u64, &str); 6] = [
+const EPT_VPID: [(u64, &str); 7] = [
     (1 << 6, "EPT page-walk length 4"),
     (1 << 14, "EPT write-back memory type"),
     (1 << 16, "EPT 2-MiB pages"),
     (1 << 20, "INVEPT"),
     (1 << 25, "INVEPT single-context"),
+    (1 << 26, "INVEPT all-context"),
     (1 << 32 | 1 << 41, "INVVPID single-context"),
 ];
 

@@ -925,4 +925,4 @@ impl<V: VmcsRead, R: FnMut(&Violation<'_>)> Rules<'_, V, R> {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,4 +1,4 @@
-//! CPUID as guests see it: computed once per VM, looked up at each exit.
+//! CPUID as guests see it: computed once per vCPU, looked up at each exit.
 //!
 //! What the CPU says is filtered by a table of feature bits that the hypervisor can stand behind;
 //! everything else reads as zero. Leaves: SDM volume 2, "CPUID—CPU Identification".
@@ -45,7 +45,7 @@ const FILTERS: [Filter; 12] = [
     Filter {
         leaf: 1,
         eax: ALL,
-        // CLFLUSH line size; the initial APIC ID and the count are 0: one vCPU.
+        // CLFLUSH line size.
         ebx: 0x0000_ff00,
         // SSE3, PCLMULQDQ, SSSE3, FMA, CMPXCHG16B, PCID, SSE4.1, SSE4.2, MOVBE, POPCNT, AES, XSAVE,
         // AVX, F16C, RDRAND.
@@ -110,8 +110,17 @@ pub struct Offer {
     pub rdtscp: bool,
     /// VMX can enable INVPCID.
     pub invpcid: bool,
-    /// The vCPU's local APIC ID.
+    /// The vCPU's local APIC ID, below `vcpus`.
     pub apic_id: u32,
+    /// How many vCPUs the VM has, 1 to 16: each a core of one thread, all of them one package.
+    pub vcpus: u32,
+}
+
+impl Offer {
+    /// How many APIC IDs the package takes, as leaves 1 and 4 count them: a power of two.
+    const fn ids(&self) -> u32 {
+        self.vcpus.next_power_of_two()
+    }
 }
 
 /// Leaf 1, ECX: CR4.OSXSAVE is set.
@@ -121,6 +130,8 @@ pub const OSXSAVE: u32 = 1 << 27;
 const APIC_EDX: u32 = 1 << 9;
 /// As [`APIC_EDX`].
 const APIC_ECX: u32 = 1 << 21 | 1 << 24;
+/// Leaf 1, EDX: HTT, the package has more than one logical processor.
+const HTT: u32 = 1 << 28;
 /// Leaf 1, ECX: a hypervisor is present.
 const HYPERVISOR: u32 = 1 << 31;
 /// Leaf 0xd, subleaf 1, EAX: XSAVEC.
@@ -134,8 +145,8 @@ const _: () = assert!(MAX_BASIC < BASIC_ROWS as u32);
 /// Basic leaves whose answer depends on the subleaf or on the guest's state.
 const NOT_PLAIN: u32 = bits(&[1, 4, 7, 0xb, 0xd]);
 
-/// The answers for one VM.
-#[derive(Debug, Clone)]
+/// The answers for one vCPU.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct CpuidTable {
     basic: [CpuIdResult; BASIC_ROWS],
     /// Bit n: the answer to basic leaf n is `basic[n]`, whatever the subleaf and the guest's state.
@@ -145,7 +156,7 @@ pub struct CpuidTable {
     extended: [CpuIdResult; (MAX_EXTENDED & 0xff) as usize + 1],
     hypervisor: CpuIdResult,
     xstate: XState,
-    /// Leaf 0xb: each vCPU is a package of one core with one thread.
+    /// Leaf 0xb: threads, cores, and the end of the list.
     topology: [CpuIdResult; 3],
 }
 
@@ -191,19 +202,26 @@ impl CpuidTable {
                 if raw.eax & 0x1f == 0 {
                     break;
                 }
-                // EAX bits 31:14: how many CPUs share the cache and the package. One does.
-                *row = CpuIdResult { eax: raw.eax & 0x3fff, ..raw };
+                // EAX bits 31:26: the IDs of cores in the package, less 1. Bits 25:14: those of
+                // threads that share the cache, less 1. From the third level (bits 7:5) on all do.
+                let sharing = if raw.eax >> 5 & 7 >= 3 { offer.ids() } else { 1 };
+                let counts = (offer.ids() - 1) << 26 | (sharing - 1) << 14;
+                *row = CpuIdResult { eax: raw.eax & 0x3fff | counts, ..raw };
             }
         }
         table.basic[1].ecx |= HYPERVISOR | APIC_ECX;
         table.basic[1].edx |= APIC_EDX;
-        // Initial APIC ID, 31:24. One logical processor, 23:16, means nothing without HTT.
-        table.basic[1].ebx |= offer.apic_id << 24;
-        for (subleaf, row) in (0..).zip(&mut table.topology) {
-            // Level types: 1 is SMT, 2 is core, 0 ends the list. No bits of the ID are shifted out.
-            let (count, kind) = if subleaf < 2 { (1, subleaf + 1) } else { (0, 0) };
+        // 31:24 the initial APIC ID, 23:16 the IDs of logical processors in the package.
+        table.basic[1].ebx |= offer.apic_id << 24 | offer.ids() << 16;
+        if offer.vcpus > 1 {
+            table.basic[1].edx |= HTT;
+        }
+        // The level's type (1 is SMT, 2 is core, 0 ends the list), its logical processors, and how
+        // many bits of the ID are below the next level's.
+        let levels = [(1, 1, 0), (2, offer.vcpus, offer.ids().trailing_zeros()), (0, 0, 0)];
+        for ((subleaf, row), (kind, count, shift)) in (0..).zip(&mut table.topology).zip(levels) {
             let ecx = kind << 8 | subleaf;
-            *row = CpuIdResult { eax: 0, ebx: count, ecx, edx: offer.apic_id };
+            *row = CpuIdResult { eax: shift, ebx: count, ecx, edx: offer.apic_id };
         }
         let xmask = table.xstate.mask;
         for (there, dependents) in [
@@ -345,9 +363,10 @@ mod tests {
         }
     }
 
-    const ALL_OFFERED: Offer = Offer { sld_exposed: true, rdtscp: true, invpcid: true, apic_id: 0 };
+    const ALL_OFFERED: Offer =
+        Offer { sld_exposed: true, rdtscp: true, invpcid: true, apic_id: 0, vcpus: 1 };
     const NOTHING_OFFERED: Offer =
-        Offer { sld_exposed: false, rdtscp: false, invpcid: false, apic_id: 0 };
+        Offer { sld_exposed: false, rdtscp: false, invpcid: false, ..ALL_OFFERED };
 
     #[test]
     fn vmx_and_what_is_not_virtualized_stay_hidden() {
@@ -418,6 +437,92 @@ mod tests {
         assert_eq!(cr4 & (1 << 13 | 1 << 17), 1 << 17, "VMXE never, PCIDE where INVPCID works");
     }
 
+    // ---- Topology ----------------------------------------------------------------------------
+
+    /// A CPU with the caches of a client CPU: the sharing is the real one, for 16 threads.
+    #[derive(Clone)]
+    struct Cached;
+    impl CpuIdReader for Cached {
+        fn cpuid2(&self, leaf: u32, subleaf: u32) -> CpuIdResult {
+            let cache = |kind: u32, level: u32, sharing: u32| {
+                7 << 26 | (sharing - 1) << 14 | level << 5 | kind
+            };
+            match (leaf, subleaf) {
+                (0, _) => CpuIdResult { eax: 0x21, ..ZERO },
+                (4, 0) => CpuIdResult { eax: cache(1, 1, 2), ebx: 0x02c0_003f, ecx: 63, edx: 0 },
+                (4, 1) => CpuIdResult { eax: cache(2, 1, 2), ebx: 0x01c0_003f, ecx: 63, edx: 0 },
+                (4, 2) => CpuIdResult { eax: cache(3, 2, 2), ebx: 0x0240_003f, ecx: 1023, edx: 0 },
+                (4, 3) => CpuIdResult { eax: cache(3, 3, 16), ebx: 0x02c0_003f, ecx: 8191, edx: 4 },
+                (4, _) => ZERO,
+                _ => CpuIdResult { eax: ALL, ebx: ALL, ecx: ALL, edx: ALL },
+            }
+        }
+    }
+
+    /// SMT ID, core ID, package ID, and the IDs of what shares the caches, by subleaf of leaf 4.
+    type Place = (u32, u32, u32, Vec<u32>);
+
+    /// Bits that a mask needs for so many IDs.
+    fn width(ids: u32) -> u32 {
+        ids.next_power_of_two().trailing_zeros()
+    }
+
+    fn caches(table: &CpuidTable, id: u32) -> Vec<u32> {
+        let parameters = (0..).map(|subleaf| table.answer(4, subleaf).eax);
+        let caches = parameters.take_while(|eax| eax & 0x1f != 0);
+        caches.map(|eax| id >> width((eax >> 14 & 0xfff) + 1)).collect()
+    }
+
+    /// SDM volume 3, section "Hierarchical Mapping of CPUID Extended Topology Leaf".
+    fn place_by_leaf_b(table: &CpuidTable) -> Place {
+        let (smt, core) = (*table.answer(0xb, 0), *table.answer(0xb, 1));
+        assert_eq!((smt.ecx, core.ecx), (0x100, 0x201));
+        let last = table.answer(0xb, 2);
+        assert_eq!((last.eax, last.ebx, last.ecx, last.edx), (0, 0, 2, core.edx));
+        assert!(smt.ebx <= 1 << smt.eax && core.ebx <= 1 << core.eax);
+        let id = core.edx;
+        assert_eq!(smt.edx, id);
+        let low = |bits: u32| id & ((1 << bits) - 1);
+        (low(smt.eax), low(core.eax) >> smt.eax, id >> core.eax, caches(table, id))
+    }
+
+    /// SDM volume 3, section "Algorithm for Three-Level Mappings of APIC_ID", for software that
+    /// does not know leaf 0xb.
+    fn place_by_leaves_1_and_4(table: &CpuidTable) -> Place {
+        let one = table.answer(1, 0);
+        let id = one.ebx >> 24;
+        let threads = if one.edx & HTT == 0 { 1 } else { one.ebx >> 16 & 0xff };
+        let cores = (table.answer(4, 0).eax >> 26) + 1;
+        let smt_width = width(threads / cores);
+        let package_width = smt_width + width(cores);
+        let low = |bits: u32| id & ((1 << bits) - 1);
+        (low(smt_width), low(package_width) >> smt_width, id >> package_width, caches(table, id))
+    }
+
+    #[test]
+    fn each_vcpu_is_a_core_of_one_package() {
+        for vcpus in 1..=16 {
+            for apic_id in 0..vcpus {
+                let offer = Offer { apic_id, vcpus, ..ALL_OFFERED };
+                let table = CpuidTable::new(&Cached, offer);
+                let place = (0, apic_id, 0, Vec::from([apic_id, apic_id, apic_id, 0]));
+                assert_eq!(place_by_leaf_b(&table), place, "{offer:?}");
+                assert_eq!(place_by_leaves_1_and_4(&table), place, "{offer:?}");
+                assert_eq!(table.answer(0xb, 1).ebx, vcpus);
+                assert_eq!(table.answer(1, 0).edx & HTT != 0, vcpus > 1);
+                // The rest of leaf 4 is the CPU's.
+                for subleaf in 0..5 {
+                    let (seen, there) = (*table.answer(4, subleaf), Cached.cpuid2(4, subleaf));
+                    assert_eq!(CpuIdResult { eax: 0, ..seen }, CpuIdResult { eax: 0, ..there });
+                    assert_eq!((seen.eax ^ there.eax) & 0x3fff, 0);
+                }
+            }
+        }
+        // Leaf 0x1f is above the highest.
+        let table = CpuidTable::new(&Cached, Offer { vcpus: 16, ..ALL_OFFERED });
+        assert_eq!(table.answer(0x1f, 0), table.answer(MAX_BASIC, 0));
+    }
+
     // ---- Random CPUs -----------------------------------------------------------------------------
 
     /// A CPU with arbitrary features, but leaves and components as CPUs lay them out.
@@ -485,11 +590,9 @@ mod tests {
     }
 
     fn any_offer() -> impl Strategy<Value = Offer> {
-        any::<([bool; 3], u8)>().prop_map(|([sld_exposed, rdtscp, invpcid], id)| Offer {
-            apic_id: id.into(),
-            sld_exposed,
-            rdtscp,
-            invpcid,
+        let vcpu = (1u32..=16).prop_flat_map(|vcpus| (0..vcpus, Just(vcpus)));
+        (any::<[bool; 3]>(), vcpu).prop_map(|([sld_exposed, rdtscp, invpcid], (apic_id, vcpus))| {
+            Offer { sld_exposed, rdtscp, invpcid, apic_id, vcpus }
         })
     }
 
@@ -557,9 +660,9 @@ mod tests {
                 // What the hypervisor adds.
                 match leaf {
                     1 => {
-                        allowed[1] |= offer.apic_id << 24;
+                        allowed[1] |= offer.apic_id << 24 | offer.ids() << 16;
                         allowed[2] |= 1 << 31 | APIC_ECX;
-                        allowed[3] |= APIC_EDX;
+                        allowed[3] |= APIC_EDX | if offer.vcpus > 1 { HTT } else { 0 };
                     }
                     7 if offer.sld_exposed => allowed[3] |= 1 << 30,
                     _ => {}

@@ -136,8 +136,9 @@ impl StaleTranslations {
         unsafe { invept(InvEpt::SingleContext(self.eptp)) }
     }
 
-    /// For tables that no CPU has ever used.
-    pub fn never_used(self) {}
+    /// For tables that no CPU knows anything of: none has ever used them, or each has dropped what
+    /// it knew since.
+    pub fn held_by_none(self) {}
 }
 
 /// Bits 51:12 of an entry.
@@ -475,7 +476,7 @@ mod tests {
         ept.map(&mut memory, gpa(1 << 30), hpa(2 << 30), size, rw, wb).unwrap();
         let inside = gpa(0x5234_5678);
         for smaller in [PageSize::Size2M, PageSize::Size4K] {
-            ept.split(&mut memory, inside).unwrap().never_used();
+            ept.split(&mut memory, inside).unwrap().held_by_none();
             for address in [0x5234_5678, 0x5234_5000, 0x5220_0000] {
                 let page = ept.page(&memory, gpa(address)).unwrap();
                 assert_eq!((page.hpa, page.permissions), (hpa(address + (1 << 30)), rw));
@@ -485,10 +486,10 @@ mod tests {
         // Elsewhere in the gigabyte pages are still large.
         assert_eq!(ept.page(&memory, gpa(0x4000_0000)).unwrap().size, PageSize::Size2M);
         assert_eq!(ept.split(&mut memory, inside).unwrap_err(), MapError::NotMapped);
-        ept.protect(&mut memory, inside, Permissions::READ).unwrap().never_used();
+        ept.protect(&mut memory, inside, Permissions::READ).unwrap().held_by_none();
         assert_eq!(ept.page(&memory, inside).unwrap().permissions, Permissions::READ);
         assert_eq!(ept.page(&memory, gpa(0x5234_6000)).unwrap().permissions, rw);
-        ept.destroy(&mut memory).never_used();
+        ept.destroy(&mut memory).held_by_none();
         assert!(memory.tables.is_empty());
     }
 
@@ -504,7 +505,7 @@ mod tests {
         memory.write(table, index, entry | ACCESSED | DIRTY);
         let page = ept.page(&memory, gpa(0x1234)).unwrap();
         assert!(page.accessed && page.dirty);
-        ept.clear_accessed_dirty(&mut memory, gpa(0)).unwrap().never_used();
+        ept.clear_accessed_dirty(&mut memory, gpa(0)).unwrap().held_by_none();
         let page = ept.page(&memory, gpa(0)).unwrap();
         assert!(!page.accessed && !page.dirty && page.permissions == RWX);
         let nowhere = ept.clear_accessed_dirty(&mut memory, gpa(1 << 30));
@@ -534,12 +535,12 @@ mod tests {
         for page in 1..40u64 {
             let far = gpa(page << 39 | page << 12);
             ept.map(&mut memory, far, hpa(0x1000), PageSize::Size4K, RWX, wb).unwrap();
-            ept.unmap(&mut memory, far).never_used();
+            ept.unmap(&mut memory, far).held_by_none();
             assert_eq!(ept.page(&memory, far), None);
         }
         assert_eq!(memory.tables.len(), 4);
         assert!(ept.page(&memory, gpa(0)).is_some());
-        ept.destroy(&mut memory).never_used();
+        ept.destroy(&mut memory).held_by_none();
         assert!(memory.tables.is_empty());
     }
 
@@ -560,7 +561,7 @@ mod tests {
         let mut ept = Ept::new(&mut memory, false).unwrap();
         let (size, wb) = (PageSize::Size4K, MemoryType::WriteBack);
         ept.map(&mut memory, gpa(0), hpa(0), size, RWX, wb).unwrap();
-        ept.unmap(&mut memory, gpa(1 << 48)).never_used();
+        ept.unmap(&mut memory, gpa(1 << 48)).held_by_none();
         assert!(ept.page(&memory, gpa(0)).is_some());
     }
 

@@ -8,7 +8,8 @@ use core::fmt;
 
 use crate::addr::HostPhysAddr;
 use crate::fields::{
-    Access, Field, GuestField, INSTRUCTION_ERROR, ReadWrite, VmcsRead, VmcsWrite, Width,
+    Access, Field, GuestField, INSTRUCTION_ERROR, PREEMPTION_TIMER_VALUE, ReadWrite, VmcsRead,
+    VmcsWrite, Width,
 };
 
 /// Why a VMX instruction failed.
@@ -227,6 +228,21 @@ macro_rules! invalidate {
     }};
 }
 use invalidate;
+
+/// Makes the VMX-preemption timer of whatever VMCS is current expire at the next VM entry. For an
+/// NMI handler: VM entry may be what the NMI has interrupted the way to.
+///
+/// # Safety
+///
+/// In VMX root operation.
+pub unsafe fn expire_preemption_timer() {
+    // SAFETY: the caller's obligation. Without a current VMCS the instruction fails, and there is
+    // nobody to stop; with one, the guest exits earlier than it would have.
+    unsafe {
+        asm!("vmwrite {}, {}", in(reg) u64::from(PREEMPTION_TIMER_VALUE.encoding()), in(reg) 0u64,
+             options(nostack));
+    }
+}
 
 /// Proof that a VMCS is current on this CPU, and the way to its fields.
 ///

@@ -18,6 +18,7 @@ pub mod ept;
 pub mod exit;
 pub mod fields;
 pub mod instruction;
+pub mod mailbox;
 pub mod msr_policy;
 pub mod run;
 pub mod setup;

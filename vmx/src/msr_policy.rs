@@ -75,21 +75,17 @@ pub enum Policy {
     Apic(u32),
     /// The local APIC's timer answers.
     TscDeadline,
-    /// Reads give the value; writing anything else is #GP(0).
-    Fixed(u64),
+    /// Reads give [`crate::apic::LocalApic::base`]; writing anything else is #GP(0).
+    ApicBase,
     /// #GP(0).
     Fault,
 }
-
-/// IA32_APIC_BASE: the default base, x2APIC mode (bits 11 and 10), bootstrap processor (bit 8).
-/// The mode cannot be left: there is no APIC page.
-const APIC_BASE: u64 = 0xfee0_0d00;
 
 /// The table: (MSR, policy). The x2APIC registers are not in it: [`policy`].
 pub const TABLE: [(u32, Policy); 22] = [
     (msr::TSC, Policy::Tsc),
     (msr::PLATFORM_ID, Policy::Constant(0)),
-    (msr::APIC_BASE, Policy::Fixed(APIC_BASE)),
+    (msr::APIC_BASE, Policy::ApicBase),
     (msr::TEST_CTRL, Policy::TestCtrl),
     (msr::BIOS_SIGN_ID, Policy::Constant(0)),
     (msr::CORE_CAPABILITIES, Policy::CoreCapabilities),
@@ -167,6 +163,7 @@ pub const fn bitmap() -> MsrBitmap {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::apic::LocalApic;
     use proptest::prelude::*;
     use std::{format, string::String, vec::Vec};
 
@@ -198,7 +195,10 @@ mod tests {
             Policy::Constant(value) => (format!("{value:#x}"), "ignored"),
             Policy::Apic(_) => unreachable!("not in the table"),
             Policy::TscDeadline => ("the guest's own".into(), "arms the timer"),
-            Policy::Fixed(value) => (format!("{value:#x}"), "only this value"),
+            Policy::ApicBase => {
+                let [first, other] = [0, 1].map(|id| LocalApic::new(id).base());
+                (format!("{first:#x}; {other:#x} on others than vCPU 0"), "only this value")
+            }
             Policy::Fault => ("#GP(0)".into(), "#GP(0)"),
         }
     }

@@ -1,5 +1,6 @@
 //! The guest loop: enter, look at the exit, answer it, enter again.
 
+use core::convert::Infallible;
 use core::fmt;
 
 use raw_cpuid::CpuIdReaderNative;
@@ -7,7 +8,7 @@ use raw_cpuid::CpuIdResult;
 use sld::{AcContext, MsrFault, MsrWrite, PreemptionDisabled, RealBit, Task, Verdict, Written};
 
 use crate::addr::GuestPhysAddr;
-use crate::apic::{Command, Delivery};
+use crate::apic::{Command, Delivery, Ipi};
 use crate::checks::{self, Finding, Processor};
 use crate::controls::{Entry, Primary};
 use crate::cpuid::OSXSAVE;
@@ -17,9 +18,10 @@ use crate::exit::{
 };
 use crate::fields::*;
 use crate::instruction::{VmFail, invvpid_single_context, last_error, now};
+use crate::mailbox::{Mail, Mailbox, Signals};
 use crate::msr_policy::{self, Policy};
 use crate::setup::*;
-use crate::vcpu::Loaded;
+use crate::vcpu::{Activity, Loaded, Step};
 use crate::walk::{GuestRead, Paging, translate};
 use crate::world::register::{RAX, RBX, RCX, RDX, RSP};
 
@@ -37,14 +39,36 @@ pub trait Host {
 
     /// IN of `size` (1, 2, 4) bytes.
     fn port_read(&mut self, port: u16, size: u8) -> u32;
-    /// OUT of `size` (1, 2, 4) bytes. `Some(status)` ends the VM.
-    fn port_write(&mut self, port: u16, size: u8, value: u32) -> Option<u32>;
+    /// OUT of `size` (1, 2, 4) bytes.
+    fn port_write(&mut self, port: u16, size: u8, value: u32) -> PortWrite;
+
+    /// What other vCPUs have posted to this one.
+    fn mailbox(&self) -> &Mailbox;
+    /// The vCPU with the APIC ID `sender`, which is this one, sends an interprocessor interrupt to
+    /// all others that it reaches.
+    fn send(&mut self, ipi: Ipi, sender: u32);
+    /// This CPU was kicked, or time has passed: whether the vCPU may go on.
+    fn poll(&mut self) -> Poll;
 
     /// The guest touched `gpa`, where it has no memory. The host may let something stand there
-    /// for the duration of one instruction; false if it will not.
-    fn map_hole(&mut self, gpa: GuestPhysAddr) -> bool;
+    /// for the duration of one instruction, with the VM's other vCPUs out of the guest.
+    fn map_hole(&mut self, gpa: GuestPhysAddr) -> Alone;
     /// That instruction is over.
     fn unmap_holes(&mut self);
+
+    /// Switches split-lock detection off for one instruction of this vCPU, with the core's other
+    /// threads out of their guests: [`Verdict::Step`].
+    ///
+    /// # Errors
+    ///
+    /// MSR 0x33 faulted.
+    fn begin_step(&mut self) -> Result<Alone, MsrFault>;
+    /// That instruction is over.
+    ///
+    /// # Errors
+    ///
+    /// MSR 0x33 faulted.
+    fn end_step(&mut self) -> Result<(), MsrFault>;
 
     /// The guest raised #AC.
     fn on_ac(&mut self, report: &AcReport);
@@ -52,6 +76,9 @@ pub trait Host {
     fn on_test_ctrl_write(&mut self, value: u64, result: MsrWrite);
     /// The real bit was written.
     fn on_real_bit(&mut self, written: RealBit);
+    /// Whether there is hardly any room left for what [`Self::on_ac`], [`Self::on_test_ctrl_write`]
+    /// and [`Self::on_real_bit`] record: the turn is to end.
+    fn is_full(&self) -> bool;
     /// An exit was taken: for the host's own trail.
     fn on_exit(&mut self, reason: BasicReason, rip: u64);
 
@@ -64,6 +91,41 @@ pub trait Host {
     fn interrupt(&mut self, vector: u8);
     /// A machine check came while the guest ran.
     fn machine_check(&mut self);
+}
+
+/// What comes of an OUT.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum PortWrite {
+    /// It is done.
+    Done,
+    /// The device takes nothing now: the instruction is tried again in the vCPU's next turn.
+    Full,
+    /// The guest ends its VM with this status.
+    End(u32),
+}
+
+/// What [`Host::poll`] found.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Poll {
+    /// Nothing that concerns this vCPU.
+    GoOn,
+    /// Another one is to have the CPU.
+    Yield,
+    /// Another vCPU of the VM holds this one out of the guest.
+    Held,
+}
+
+/// Whether something that others must not see may happen now.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Alone {
+    /// It may: they are held out of their guests.
+    Yes,
+    /// This vCPU is held out of the guest itself.
+    Held,
+    /// Another thread of the core came first, and is done: the guest executes its instruction again.
+    Again,
+    /// The VM cannot have it.
+    Refused,
 }
 
 /// An #AC that a guest raised, and what is done about it.
@@ -115,9 +177,13 @@ pub(crate) struct AcPlace {
 pub enum Stop {
     /// The time slice is over.
     Slice,
-    /// HLT with nothing pending. The vCPU's timer will wake it at this time, in the host's TSC;
-    /// `None` if nothing can.
+    /// HLT with nothing pending, or INIT. The vCPU's timer will wake it at this time, in the host's
+    /// TSC; `None` if only another vCPU can.
     Halt(Option<u64>),
+    /// Another vCPU of the VM holds this one out of the guest.
+    Held,
+    /// The VM has ended elsewhere.
+    Over,
     /// The VM is at its end.
     End(End),
 }
@@ -191,38 +257,160 @@ impl From<End> for Stop {
 impl Loaded<'_> {
     /// Runs the guest for at most `ticks` of the TSC, time in the hypervisor included.
     pub fn run(&mut self, host: &mut impl Host, ticks: u64) -> Stop {
-        let start = now();
-        let stop_at = start.saturating_add(ticks);
-        self.vcpu.stop_at = stop_at;
-        self.tick(start);
-        if let Err(stop) = self.stay_halted() {
-            return stop;
+        self.vcpu.stop_at = now().saturating_add(ticks);
+        let stop = match self.run_until_stop(host) {
+            Ok(never) => match never {},
+            Err(stop) => stop,
+        };
+        match self.abandon_steps(host) {
+            Ok(()) => stop,
+            Err(fault) => End::from(fault).into(),
         }
+    }
+
+    fn run_until_stop(&mut self, host: &mut impl Host) -> Result<Infallible, Stop> {
+        self.attend(host, now())?;
         loop {
             // SAFETY: `self` proves that this vCPU's VMCS is current here and that the host state
             // is this CPU's; interrupts are off (contract of `load`).
             let failed = unsafe { crate::world::enter(&raw mut self.vcpu.state) };
             if failed != 0 {
                 let fail = if failed == 1 { VmFail::Invalid } else { last_error() };
-                return End::EntryFailed(fail).into();
+                return Err(End::EntryFailed(fail).into());
             }
             let reason = ExitReason(self.vmcs.read(EXIT_REASON));
             if reason.is_entry_failure() {
-                return self.entry_failure(host, reason.basic()).into();
+                return Err(self.entry_failure(host, reason.basic()).into());
             }
-            if let Err(stop) = self.handle(host, reason.basic()) {
-                return stop;
-            }
+            self.handle(host, reason.basic())?;
             // A guest that exits all the time must neither live on time in which the preemption
             // timer stands still, nor have its own timer late for it.
             let now = now();
             if now >= self.vcpu.attention_at {
-                if now >= stop_at {
-                    return Stop::Slice;
-                }
-                self.tick(now);
+                self.attend(host, now)?;
             }
         }
+    }
+
+    /// It is `now`, and something besides the guest's instructions may be due: the end of the
+    /// turn, an order of the host, what other vCPUs have posted, the guest's timer, the end of a
+    /// step or its beginning.
+    #[inline(never)]
+    fn attend(&mut self, host: &mut impl Host, now: u64) -> Handled {
+        self.end_split_lock_step(host)?;
+        if self.vcpu.step.contains(Step::HOLE) {
+            // Others wait for this one instruction: everything else has to. A kick that comes now
+            // costs one more exit.
+            self.vmcs.write(PREEMPTION_TIMER_VALUE, u32::MAX);
+            return self.begin_wanted_step(host);
+        }
+        if now >= self.vcpu.stop_at {
+            return Err(Stop::Slice);
+        }
+        // From here on a kick is about something that was not there yet.
+        self.take_kick();
+        if let Some(mail) = host.mailbox().take() {
+            self.open_mail(host, mail)?;
+        }
+        match host.poll() {
+            Poll::GoOn => {}
+            Poll::Yield => return Err(Stop::Slice),
+            Poll::Held => return Err(Stop::Held),
+        }
+        self.tick(now);
+        self.stay_halted()?;
+        self.begin_wanted_step(host)
+    }
+
+    /// Has [`Self::attend`] called after the exit that is being handled.
+    fn want_attention(&mut self) {
+        self.vcpu.attention_at = 0;
+    }
+
+    /// Carries [`Verdict::Step`] out. Should the turn have ended first, the instruction raises its
+    /// #AC again.
+    fn begin_wanted_step(&mut self, host: &mut impl Host) -> Handled {
+        if !self.vcpu.step.contains(Step::WANTED) {
+            return Ok(());
+        }
+        self.vcpu.step.remove(Step::WANTED);
+        match host.begin_step().map_err(End::from)? {
+            Alone::Yes => {
+                self.vcpu.step.insert(Step::SPLIT_LOCK);
+                self.set_primary(Primary::MONITOR_TRAP_FLAG, true);
+                self.want_attention();
+                Ok(())
+            }
+            Alone::Held => Err(Stop::Held),
+            Alone::Again => Ok(()),
+            Alone::Refused => Err(End::SplitLock.into()),
+        }
+    }
+
+    /// Detection is off for one VM entry at most, whatever the exit was.
+    fn end_split_lock_step(&mut self, host: &mut impl Host) -> Handled {
+        if self.vcpu.step.contains(Step::SPLIT_LOCK) {
+            self.vcpu.step.remove(Step::SPLIT_LOCK);
+            host.end_step().map_err(End::from)?;
+            let hole = self.vcpu.step.contains(Step::HOLE);
+            self.set_primary(Primary::MONITOR_TRAP_FLAG, hole);
+        }
+        Ok(())
+    }
+
+    /// The turn is over: nothing that was to last for one instruction stays.
+    fn abandon_steps(&mut self, host: &mut impl Host) -> Result<(), MsrFault> {
+        let step = core::mem::replace(&mut self.vcpu.step, Step::empty());
+        if step.is_empty() {
+            return Ok(());
+        }
+        self.set_primary(Primary::MONITOR_TRAP_FLAG, false);
+        if step.contains(Step::HOLE) {
+            host.unmap_holes();
+        }
+        if step.contains(Step::SPLIT_LOCK) { host.end_step() } else { Ok(()) }
+    }
+
+    /// What other vCPUs have posted takes effect.
+    fn open_mail(&mut self, host: &mut impl Host, mail: Mail) -> Handled {
+        if mail.signals.contains(Signals::END) {
+            return Err(Stop::Over);
+        }
+        if mail.signals.contains(Signals::INIT) {
+            self.init(host)?;
+        }
+        if mail.signals.contains(Signals::SIPI) && self.vcpu.activity == Activity::WaitForSipi {
+            startup(&mut self.vmcs, mail.sipi_vector);
+            self.vcpu.activity = Activity::Active;
+        }
+        if mail.signals.contains(Signals::NMI) {
+            self.raise_nmi();
+        }
+        if mail.signals.contains(Signals::INTERRUPT) {
+            self.vcpu.apic.raise_all(mail.vectors);
+        }
+        Ok(())
+    }
+
+    /// INIT: SDM volume 3, section "Processor State After Reset". Every vCPU waits for SIPI after
+    /// it, the first one too: there is no firmware that it could start.
+    fn init(&mut self, host: &mut impl Host) -> Handled {
+        init(&mut self.vmcs, &self.vcpu.cr4);
+        for control in [Primary::INTERRUPT_WINDOW_EXITING, Primary::NMI_WINDOW_EXITING] {
+            self.set_primary(control, false);
+        }
+        self.vcpu.state.registers = [0; 16];
+        self.vcpu.state.registers[RDX] = self.vcpu.cpuid.answer(1, 0).eax.into();
+        self.reset_switched();
+        self.flush_tlb();
+        self.vcpu.apic.reset();
+        self.vcpu.pending_nmi = false;
+        self.vcpu.ac_place = None;
+        self.vcpu.activity = Activity::WaitForSipi;
+        let (pinned, task) = host.sld();
+        let written = self.vcpu.sld.reset(pinned, task).map_err(End::from)?;
+        written.into_iter().for_each(|written| host.on_real_bit(written));
+        Ok(())
     }
 
     #[inline(always)]
@@ -239,14 +427,11 @@ impl Loaded<'_> {
             BasicReason::EXTERNAL_INTERRUPT => {
                 host.interrupt(InterruptionInfo(self.vmcs.read(EXIT_INTERRUPTION_INFO)).vector());
             }
-            // The guest's own timer, or the end of its turn: the loop looks at the time anyway.
-            BasicReason::PREEMPTION_TIMER => {}
-            BasicReason::HLT => return self.hlt(),
+            // The guest's own timer, the end of its turn, or a kick that came too late to exit.
+            BasicReason::PREEMPTION_TIMER => self.want_attention(),
+            BasicReason::HLT => return self.hlt(host),
             BasicReason::EPT_VIOLATION => self.ept_violation(host)?,
-            BasicReason::MONITOR_TRAP_FLAG => {
-                host.unmap_holes();
-                self.set_primary(Primary::MONITOR_TRAP_FLAG, false);
-            }
+            BasicReason::MONITOR_TRAP_FLAG => self.step_done(host),
             BasicReason::CR_ACCESS => self.cr_access(host),
             BasicReason::INTERRUPT_WINDOW => self.deliver_interrupt(true),
             BasicReason::NMI_WINDOW => self.deliver_nmi(),
@@ -356,7 +541,8 @@ impl Loaded<'_> {
             Policy::TscDeadline => Some(self.read_tsc_deadline()),
             Policy::TestCtrl => self.vcpu.sld.guest_rdmsr(sld::Msr::TestCtrl),
             Policy::CoreCapabilities => self.vcpu.sld.guest_rdmsr(sld::Msr::CoreCapabilities),
-            Policy::Constant(value) | Policy::Fixed(value) => Some(value),
+            Policy::Constant(value) => Some(value),
+            Policy::ApicBase => Some(self.vcpu.apic.base()),
             Policy::Pass | Policy::Tsc | Policy::Fault => None,
         };
         match value {
@@ -376,9 +562,9 @@ impl Loaded<'_> {
         let accepted = match msr_policy::policy(number) {
             Policy::TestCtrl => self.write_test_ctrl(host, value)?,
             Policy::Constant(_) => true,
-            Policy::Fixed(only) => value == only,
+            Policy::ApicBase => value == self.vcpu.apic.base(),
             Policy::Tsc => self.write_tsc(value),
-            Policy::Apic(register) => self.write_apic(register, value),
+            Policy::Apic(register) => self.write_apic(host, register, value),
             Policy::TscDeadline => self.write_tsc_deadline(value),
             Policy::CoreCapabilities | Policy::Pass | Policy::Fault => false,
         };
@@ -402,6 +588,7 @@ impl Loaded<'_> {
         if let MsrWrite::Propagated(written) = result {
             host.on_real_bit(written);
         }
+        self.make_room(host);
         Ok(!matches!(result, MsrWrite::Gp))
     }
 
@@ -418,8 +605,10 @@ impl Loaded<'_> {
             *rax = if io.size() == 4 { value } else { *rax & !mask | value };
         } else {
             let value = (*rax & mask) as u32;
-            if let Some(status) = host.port_write(io.port(), io.size(), value) {
-                return Err(End::Exit(status).into());
+            match host.port_write(io.port(), io.size(), value) {
+                PortWrite::Done => {}
+                PortWrite::Full => return Err(Stop::Slice),
+                PortWrite::End(status) => return Err(End::Exit(status).into()),
             }
         }
         self.skip_instruction();
@@ -437,19 +626,31 @@ impl Loaded<'_> {
         }
     }
 
-    fn hlt(&mut self) -> Handled {
-        self.skip_instruction();
-        self.vcpu.halted = true;
-        self.tick(now());
-        self.stay_halted()
+    /// Ends the turn if the records of what happened need to be written out.
+    fn make_room(&mut self, host: &impl Host) {
+        if host.is_full() {
+            self.vcpu.stop_at = 0;
+            self.want_attention();
+        }
     }
 
-    /// Whether a vCPU that has executed HLT may go on: only an event ends it.
+    fn hlt(&mut self, host: &mut impl Host) -> Handled {
+        self.skip_instruction();
+        self.vcpu.activity = Activity::Halted;
+        self.attend(host, now())
+    }
+
+    /// Whether a vCPU that has executed HLT, or was reset, may go on: only an event ends that.
     fn stay_halted(&mut self) -> Handled {
+        match self.vcpu.activity {
+            Activity::Active => return Ok(()),
+            Activity::Halted => {}
+            Activity::WaitForSipi => return Err(Stop::Halt(None)),
+        }
         let nmi =
             self.vcpu.pending_nmi && self.vmcs.read(GUEST_INTERRUPTIBILITY) & BLOCKING_NMI == 0;
-        if !self.vcpu.halted || nmi || self.entry_event().is_valid() {
-            self.vcpu.halted = false;
+        if nmi || self.entry_event().is_valid() {
+            self.vcpu.activity = Activity::Active;
             return Ok(());
         }
         let interruptible = self.vmcs.read(GUEST_RFLAGS) & RFLAGS_IF != 0;
@@ -476,6 +677,10 @@ impl Loaded<'_> {
         self.vcpu.attention_at = now.saturating_add(ticks);
         let count = (ticks >> self.caps().preemption_timer_shift()).min(u64::from(u32::MAX));
         self.vmcs.write(PREEMPTION_TIMER_VALUE, count as u32);
+        // The NMI handler has written 0 there, perhaps just before.
+        if self.is_kicked() {
+            self.vmcs.write(PREEMPTION_TIMER_VALUE, 0);
+        }
         if self.vcpu.apic.deliverable().is_some() {
             self.deliver_interrupt(false);
         }
@@ -517,26 +722,32 @@ impl Loaded<'_> {
 
     /// WRMSR of an x2APIC register; false for #GP(0).
     #[inline(never)]
-    fn write_apic(&mut self, register: u32, value: u64) -> bool {
+    fn write_apic(&mut self, host: &mut impl Host, register: u32, value: u64) -> bool {
         let now = now();
         let guest_now = self.guest_tsc(now);
         let Ok(command) = self.vcpu.apic.write(register, value, guest_now) else { return false };
-        // The VM's only vCPU: whom else it means is not there.
-        let id = self.vcpu.apic.id();
-        if let Command::Ipi(ipi) = command
-            && ipi.reaches(id, id)
-        {
-            match ipi.delivery() {
-                Delivery::Fixed(vector) => self.vcpu.apic.raise(vector),
-                Delivery::Nmi => {
-                    self.vcpu.pending_nmi = true;
-                    self.set_primary(Primary::NMI_WINDOW_EXITING, true);
+        if let Command::Ipi(ipi) = command {
+            let id = self.vcpu.apic.id();
+            host.send(ipi, id);
+            if ipi.reaches(id, id) {
+                match ipi.delivery() {
+                    Delivery::Fixed(vector) => self.vcpu.apic.raise(vector),
+                    Delivery::Nmi => self.raise_nmi(),
+                    other => host.mailbox().post(other),
                 }
-                Delivery::Other => {}
             }
         }
         self.tick(now);
+        if !host.mailbox().is_empty() {
+            self.want_attention();
+        }
         true
+    }
+
+    /// An NMI waits for the guest to be able to take it.
+    fn raise_nmi(&mut self) {
+        self.vcpu.pending_nmi = true;
+        self.set_primary(Primary::NMI_WINDOW_EXITING, true);
     }
 
     fn exception(&mut self, host: &mut impl Host) -> Handled {
@@ -544,7 +755,8 @@ impl Loaded<'_> {
         match (info.kind(), info.vector()) {
             (EventKind::Nmi, _) => {
                 host.nmi();
-                self.requeue()
+                self.requeue();
+                self.want_attention();
             }
             (_, vector::AC) => self.alignment_check(host, info)?,
             (_, vector::DB) => self.debug_exception(info),
@@ -559,6 +771,7 @@ impl Loaded<'_> {
 
     /// #AC: see the verdict table in [`sld::Vcpu::on_ac`].
     fn alignment_check(&mut self, host: &mut impl Host, info: InterruptionInfo) -> Handled {
+        self.end_split_lock_step(host)?;
         let cr0 = self.vmcs.read(GUEST_CR0);
         let context = AcContext {
             // DPL of SS: 3 in virtual-8086 mode, 0 in real mode.
@@ -572,6 +785,7 @@ impl Loaded<'_> {
         let instruction = self.instruction_at(host.memory(), rip);
         let virtual_bit = self.vcpu.sld.virtual_bit();
         host.on_ac(&AcReport { rip, context, virtual_bit, verdict, instruction });
+        self.make_room(host);
         match verdict {
             Verdict::Inject => {
                 self.keep_interrupted(info.nmi_unblocked_by_iret());
@@ -585,9 +799,13 @@ impl Loaded<'_> {
                 self.restore_nmi_blocking(info.nmi_unblocked_by_iret());
                 self.requeue();
             }
-            // One thread per core is brought online, so `Step` is not returned; if it were, to
-            // resume would raise the same #AC for ever.
-            Verdict::Step { .. } | Verdict::Kill => return Err(End::SplitLock.into()),
+            Verdict::Step { .. } => {
+                self.restore_nmi_blocking(info.nmi_unblocked_by_iret());
+                self.requeue();
+                self.vcpu.step.insert(Step::WANTED);
+                self.want_attention();
+            }
+            Verdict::Kill => return Err(End::SplitLock.into()),
             Verdict::KillBogus => return Err(End::BogusAc.into()),
         }
         Ok(())
@@ -614,15 +832,32 @@ impl Loaded<'_> {
     }
 
     fn ept_violation(&mut self, host: &mut impl Host) -> Handled {
+        self.end_split_lock_step(host)?;
         let qualification = EptQualification(self.vmcs.read(EXIT_QUALIFICATION));
         let gpa = GuestPhysAddr::new_truncate(self.vmcs.read(GUEST_PHYSICAL_ADDRESS));
-        if !host.map_hole(gpa) {
-            return Err(End::Unhandled(BasicReason::EPT_VIOLATION).into());
-        }
-        self.set_primary(Primary::MONITOR_TRAP_FLAG, true);
         self.restore_nmi_blocking(qualification.nmi_unblocked_by_iret());
         self.requeue();
-        Ok(())
+        match host.map_hole(gpa) {
+            Alone::Yes => {
+                self.vcpu.step.insert(Step::HOLE);
+                self.set_primary(Primary::MONITOR_TRAP_FLAG, true);
+                self.want_attention();
+                Ok(())
+            }
+            Alone::Held => Err(Stop::Held),
+            Alone::Again => Ok(()),
+            Alone::Refused => Err(End::Unhandled(BasicReason::EPT_VIOLATION).into()),
+        }
+    }
+
+    /// The one instruction has been executed, or an event delivered in its place.
+    fn step_done(&mut self, host: &mut impl Host) {
+        if self.vcpu.step.contains(Step::HOLE) {
+            self.vcpu.step.remove(Step::HOLE);
+            host.unmap_holes();
+        }
+        self.set_primary(Primary::MONITOR_TRAP_FLAG, false);
+        self.want_attention();
     }
 
     fn set_primary(&mut self, control: Primary, on: bool) {

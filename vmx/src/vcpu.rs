@@ -1,7 +1,9 @@
 //! A virtual CPU: its VMCS, the registers outside of it, and its way onto a CPU and off again.
 
 use core::arch::asm;
+use core::sync::atomic::{AtomicBool, Ordering};
 
+use bitflags::bitflags;
 use x86_64::registers::model_specific::Msr;
 
 use crate::addr::HostPhysAddr;
@@ -11,11 +13,11 @@ use crate::controls::Secondary;
 use crate::cpuid::CpuidTable;
 use crate::exit::BasicReason;
 use crate::fields::*;
-use crate::instruction::{CurrentVmcs, VmFail, vmclear, vmptrld};
+use crate::instruction::{CurrentVmcs, VmFail, invvpid_single_context, vmclear, vmptrld};
 use crate::msr_policy::msr;
 use crate::run::AcPlace;
 use crate::setup::{self, Cr4, Pointers};
-use crate::world::{GuestState, vmx_exit_entry};
+use crate::world::{GuestState, register, vmx_exit_entry};
 use crate::xstate::{self, XArea};
 
 /// What of the host a VM exit loads: SDM volume 3, section "Host-State Area". Each CPU has one.
@@ -23,6 +25,10 @@ use crate::xstate::{self, XArea};
 pub struct HostState {
     /// The CPU's index. Two states of one index are the same state.
     pub cpu: u32,
+    /// Set by this CPU's NMI handler, which also makes the VMX-preemption timer of the current
+    /// VMCS expire ([`crate::instruction::expire_preemption_timer`]): somebody has something for
+    /// the vCPU that is loaded here, or for the CPU.
+    pub kicked: &'static AtomicBool,
     /// CR0.
     pub cr0: u64,
     /// CR3.
@@ -59,6 +65,9 @@ pub struct Counters {
 impl Counters {
     /// Reasons counted apart, plus one place for all others.
     pub const REASONS: usize = 80;
+
+    /// Nothing has happened.
+    pub const NONE: Self = Self { exits: [0; Self::REASONS] };
 
     /// Counts one exit.
     #[inline(always)]
@@ -155,8 +164,10 @@ pub struct Vcpu {
     pub(crate) cr4: Cr4,
     /// Its local APIC, which holds the interrupts that wait for the guest to be able to take them.
     pub(crate) apic: LocalApic,
-    /// It has executed HLT, and no event has come since.
-    pub(crate) halted: bool,
+    /// Whether it executes instructions.
+    pub(crate) activity: Activity,
+    /// The next VM entry is for one instruction; nothing may end the turn before the exit after it.
+    pub(crate) step: Step,
     /// The guest's TSC less the host's.
     pub(crate) tsc_offset: u64,
     /// When its turn is over or its timer is due, in the host's TSC.
@@ -177,6 +188,42 @@ pub struct Vcpu {
     start: Option<Start>,
 }
 
+/// Whether a vCPU executes instructions, and if not, what ends that.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Activity {
+    /// It does.
+    Active,
+    /// It has executed HLT: an interrupt, an NMI or INIT.
+    Halted,
+    /// It has been reset by INIT and is not the one that starts the VM: SIPI.
+    WaitForSipi,
+}
+
+bitflags! {
+    /// Why the next VM entry is for one instruction, by monitor trap flag.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    pub(crate) struct Step: u8 {
+        /// Something stands where the guest has no memory.
+        const HOLE = 1 << 0;
+        /// Split-lock detection is off.
+        const SPLIT_LOCK = 1 << 1;
+        /// It is to be switched off: the monitor trap flag is not on for that yet.
+        const WANTED = 1 << 2;
+    }
+}
+
+/// Where a vCPU starts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Origin {
+    /// In flat 32-bit protected mode with paging off, at this address.
+    Protected {
+        /// RIP.
+        rip: u32,
+    },
+    /// It waits for a SIPI of another vCPU.
+    WaitForSipi,
+}
+
 /// How many guest-state fields can be overridden.
 pub const MAX_OVERRIDES: usize = 8;
 
@@ -184,7 +231,7 @@ pub const MAX_OVERRIDES: usize = 8;
 #[derive(Debug)]
 struct Start {
     pointers: Pointers,
-    rip: u32,
+    origin: Origin,
     overrides: [Option<(GuestField, u64)>; MAX_OVERRIDES],
 }
 
@@ -203,40 +250,48 @@ pub struct VcpuConfig {
     pub sld: sld::Vcpu,
     /// Its local APIC's ID.
     pub apic_id: u32,
-    /// Where the guest starts, in flat 32-bit protected mode.
-    pub rip: u32,
+    /// Where it starts.
+    pub origin: Origin,
     /// Guest-state fields that are to have other values at the start: to try what VM entry says.
     pub overrides: [Option<(GuestField, u64)>; MAX_OVERRIDES],
 }
 
 impl Vcpu {
-    /// A vCPU in flat 32-bit protected mode with paging off.
+    /// A vCPU that has not run yet.
     ///
     /// # Safety
     ///
     /// The page at `region` is the vCPU's own for its whole life, and starts with the revision
     /// identifier of [`Capabilities::revision`]; the structures that `pointers` names outlive it.
     pub unsafe fn new(config: VcpuConfig) -> Self {
+        let mut state = GuestState::new();
+        if config.origin == Origin::WaitForSipi {
+            state.registers[register::RDX] = config.cpuid.answer(1, 0).eax.into();
+        }
         Self {
-            state: GuestState::new(),
+            state,
             sld: config.sld,
             cr4: Cr4 { allowed: config.cpuid.cr4_allowed() },
             cpuid: config.cpuid,
             apic: LocalApic::new(config.apic_id),
-            halted: false,
+            activity: match config.origin {
+                Origin::Protected { .. } => Activity::Active,
+                Origin::WaitForSipi => Activity::WaitForSipi,
+            },
+            step: Step::empty(),
             tsc_offset: 0,
             attention_at: 0,
             stop_at: 0,
             pending_nmi: false,
             ac_place: None,
-            counters: Counters { exits: [0; Counters::REASONS] },
+            counters: Counters::NONE,
             caps: config.caps,
             region: config.region,
             switched: Switched::reset(),
             host: None,
             start: Some(Start {
                 pointers: config.pointers,
-                rip: config.rip,
+                origin: config.origin,
                 overrides: config.overrides,
             }),
         }
@@ -245,7 +300,7 @@ impl Vcpu {
     /// Sets a general-purpose register before the first run. `index` as in
     /// [`GuestState::registers`], not RSP's.
     pub fn set_register(&mut self, index: usize, value: u64) {
-        assert_ne!(index, crate::world::register::RSP, "the guest's RSP is in the VMCS");
+        assert_ne!(index, register::RSP, "the guest's RSP is in the VMCS");
         self.state.registers[index] = value;
     }
 
@@ -268,19 +323,26 @@ impl Vcpu {
             vmptrld(self.region)?;
             CurrentVmcs::assume()
         };
-        if let Some(Start { pointers, rip, overrides }) = self.start.take() {
-            setup::initialize(&mut vmcs, &self.caps, &pointers, &self.cr4, rip);
+        if let Some(Start { pointers, origin, overrides }) = self.start.take() {
+            setup::initialize(&mut vmcs, &self.caps, &pointers, &self.cr4);
+            if let Origin::Protected { rip } = origin {
+                setup::flat_protected(&mut vmcs, rip);
+            }
             for (field, value) in overrides.into_iter().flatten() {
                 vmcs.write_guest(field, value)?;
             }
         }
         if self.host != Some(host.cpu) {
             write_host_state(&mut vmcs, host);
+            // What this CPU remembers of the guest's translations is from before it was elsewhere,
+            // where the guest's INVLPG did not reach it.
+            // SAFETY: a current VMCS proves VMX root operation.
+            unsafe { invvpid_single_context(vmcs.read(VPID)) }?;
             self.host = Some(host.cpu);
         }
         // SAFETY: nothing of the host is in these registers (caller).
         unsafe { self.switched.restore(self.cpuid.xstate().mask, switched_msrs(&self.caps)) };
-        Ok(Loaded { vcpu: self, vmcs })
+        Ok(Loaded { vcpu: self, vmcs, kicked: host.kicked })
     }
 }
 
@@ -315,6 +377,7 @@ fn write_host_state(vmcs: &mut CurrentVmcs, host: &HostState) {
 pub struct Loaded<'a> {
     pub(crate) vcpu: &'a mut Vcpu,
     pub(crate) vmcs: CurrentVmcs,
+    kicked: &'static AtomicBool,
 }
 
 impl Loaded<'_> {
@@ -326,6 +389,30 @@ impl Loaded<'_> {
             let msrs = switched_msrs(&self.vcpu.caps);
             self.vcpu.switched.save(self.vcpu.cpuid.xstate().mask, msrs);
         }
+    }
+
+    /// Whether this CPU was kicked since [`Self::take_kick`].
+    pub(crate) fn is_kicked(&self) -> bool {
+        self.kicked.load(Ordering::Relaxed)
+    }
+
+    /// From now on, a kick is a new one. What kicks are about must be looked at after this: the
+    /// flag is this CPU's own, so that its NMI handler comes before or after, not in between.
+    pub(crate) fn take_kick(&self) {
+        self.kicked.store(false, Ordering::Relaxed);
+    }
+
+    /// What INIT does to registers outside of the VMCS: SDM volume 3, section "Processor State
+    /// After Reset". Extended state and most MSRs stay.
+    pub(crate) fn reset_switched(&mut self) {
+        let fresh = Switched::reset();
+        // SAFETY: the vCPU is loaded: these registers are the guest's, and inert in the host.
+        unsafe {
+            asm!("mov cr2, {}", in(reg) fresh.cr2, options(nostack));
+            asm!("mov dr0, {0}", "mov dr1, {0}", "mov dr2, {0}", "mov dr3, {0}",
+                 in(reg) fresh.dr[0], options(nostack));
+        }
+        self.set_dr6(fresh.dr6);
     }
 
     pub(crate) fn caps(&self) -> &Capabilities {

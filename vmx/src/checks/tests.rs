@@ -10,11 +10,11 @@ use raw_cpuid::CpuIdResult;
 
 use super::*;
 use crate::capability::msr;
-use crate::setup::{Cr4, Pointers, initialize};
+use crate::setup::{Cr4, Pointers, flat_protected, initialize, startup};
 
 /// A VMCS that has the fields that were written, and no others.
-#[derive(Debug, Clone, Default)]
-struct Recorded(BTreeMap<u32, u64>);
+#[derive(Debug, Clone, Default, PartialEq)]
+pub(crate) struct Recorded(pub(crate) BTreeMap<u32, u64>);
 
 impl VmcsRead for Recorded {
     fn read<W: Width, A: Access>(&self, field: Field<W, A>) -> W::Value {
@@ -54,13 +54,13 @@ impl Recorded {
 
 /// 39 and 48 bits, SYSCALL, NX and long mode; leaf 7 as given.
 #[derive(Clone)]
-struct Cpuid {
+pub(crate) struct Cpuid {
     ebx7: u32,
     ecx7: u32,
     eax7_1: u32,
 }
 
-const PLAIN: Cpuid = Cpuid { ebx7: 0, ecx7: 0, eax7_1: 0 };
+pub(crate) const PLAIN: Cpuid = Cpuid { ebx7: 0, ecx7: 0, eax7_1: 0 };
 /// SGX, RTM, bus-lock detection, LAM.
 const RICH: Cpuid = Cpuid { ebx7: 1 << 2 | 1 << 11, ecx7: 1 << 24, eax7_1: 1 << 26 };
 
@@ -101,11 +101,27 @@ const UNUSABLE: u32 = rights::UNUSABLE as u32;
 
 // ---- Valid states ----------------------------------------------------------------------
 
-/// What `setup` writes.
-fn flat() -> Recorded {
+pub(crate) const CR4: Cr4 = Cr4 { allowed: 0x7ff };
+
+/// After RESET, as `setup` writes it.
+pub(crate) fn reset() -> Recorded {
     let at = Pointers { io_bitmap: 0x1000, msr_bitmap: 0x3000, eptp: 0x401e, vpid: 1 };
     let mut vmcs = Recorded::default();
-    initialize(&mut vmcs, &caps(), &at, &Cr4 { allowed: 0x7ff }, 0x0010_0000);
+    initialize(&mut vmcs, &caps(), &at, &CR4);
+    vmcs
+}
+
+/// After a start-up IPI.
+fn started() -> Recorded {
+    let mut vmcs = reset();
+    startup(&mut vmcs, 0x9a);
+    vmcs
+}
+
+/// The start of a VM.
+fn flat() -> Recorded {
+    let mut vmcs = reset();
+    flat_protected(&mut vmcs, 0x0010_0000);
     vmcs
 }
 
@@ -179,9 +195,11 @@ fn vm86() -> Recorded {
     vmcs
 }
 
-type State = fn() -> Recorded;
+pub(crate) type State = fn() -> Recorded;
 type Change = fn(&mut Recorded);
-const STATES: [(&str, State); 7] = [
+pub(crate) const STATES: [(&str, State); 9] = [
+    ("reset", reset),
+    ("started", started),
     ("flat", flat),
     ("restricted", restricted),
     ("pae", pae),
@@ -194,7 +212,7 @@ const STATES: [(&str, State); 7] = [
 // ---- Running the checks ----------------------------------------------------------------
 
 /// The fields of each violation, and its rule.
-fn violations(vmcs: &Recorded, cpuid: &Cpuid) -> Vec<(Vec<&'static str>, &'static str)> {
+pub(crate) fn violations(vmcs: &Recorded, cpuid: &Cpuid) -> Vec<(Vec<&'static str>, &'static str)> {
     let mut found = Vec::new();
     check(vmcs, &caps(), &Processor::read(cpuid), |violation| {
         let names = violation.fields.iter().map(|field| field.name).collect();

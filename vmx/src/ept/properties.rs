@@ -173,12 +173,12 @@ fn apply(ept: &mut Ept, memory: &mut Recorder, operation: &Operation) -> Result<
             ept.map(memory, at(gpa), HostPhysAddr::new_truncate(hpa), size, permissions, kind)
         }
         Operation::Unmap { gpa } => {
-            ept.unmap(memory, at(gpa)).never_used();
+            ept.unmap(memory, at(gpa)).held_by_none();
             Ok(())
         }
-        Operation::Split { gpa } => ept.split(memory, at(gpa)).map(StaleTranslations::never_used),
+        Operation::Split { gpa } => ept.split(memory, at(gpa)).map(StaleTranslations::held_by_none),
         Operation::Protect { gpa, permissions } => {
-            ept.protect(memory, at(gpa), permissions).map(StaleTranslations::never_used)
+            ept.protect(memory, at(gpa), permissions).map(StaleTranslations::held_by_none)
         }
         Operation::Use { gpa, flags } => {
             if let Some((table, index, _, entry)) = ept.leaf(memory, at(gpa)) {
@@ -187,7 +187,7 @@ fn apply(ept: &mut Ept, memory: &mut Recorder, operation: &Operation) -> Result<
             Ok(())
         }
         Operation::Clear { gpa } => {
-            ept.clear_accessed_dirty(memory, at(gpa)).map(StaleTranslations::never_used)
+            ept.clear_accessed_dirty(memory, at(gpa)).map(StaleTranslations::held_by_none)
         }
     }
 }
@@ -258,7 +258,7 @@ proptest! {
             });
             prop_assert_eq!(page, expected);
         }
-        ept.destroy(&mut memory).never_used();
+        ept.destroy(&mut memory).held_by_none();
         prop_assert!(memory.tables.is_empty());
     }
 }
