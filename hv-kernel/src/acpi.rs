@@ -1,9 +1,11 @@
-//! What the hypervisor wants of ACPI: how to switch the machine off.
+//! What the hypervisor wants of ACPI: which CPUs there are, and how to switch the machine off.
 //!
 //! Source: ACPI Specification, sections "Root System Description Pointer", "Fixed ACPI Description
-//! Table" and "\_Sx (System States)". The `\_S5` object is found by its name in the DSDT and read
-//! by hand: it is a package of constants, and no interpreter is trusted for that.
+//! Table", "Multiple APIC Description Table (MADT)" and "\_Sx (System States)". The `\_S5` object
+//! is found by its name in the DSDT and read by hand: it is a package of constants, and no
+//! interpreter is trusted for that.
 
+use alloc::collections::BTreeSet;
 use alloc::vec;
 use alloc::vec::Vec;
 
@@ -29,13 +31,23 @@ pub struct SoftOff {
     pub enable: Option<(u16, u8)>,
 }
 
-/// What was found.
+/// What the end of a run needs.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Acpi {
+pub struct Power {
     /// Who made the tables.
     pub oem: [u8; 6],
     /// How to switch off, where that could be made out.
     pub soft_off: Option<SoftOff>,
+}
+
+/// What was found.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Acpi {
+    /// What the end of a run needs.
+    pub power: Power,
+    /// The local APIC IDs of the CPUs that can be used, in the table's order, each once; none
+    /// without a valid MADT.
+    pub cpus: Vec<u32>,
 }
 
 /// Reads the tables behind the RSDP at `rsdp`. `None` where they are not valid.
@@ -52,11 +64,51 @@ pub fn read(memory: &impl Physical, rsdp: u64) -> Option<Acpi> {
     let (root, width) =
         if extended { (field(&pointer, 24, 8)?, 8) } else { (field(&pointer, 16, 4)?, 4) };
     let root = table(memory, root)?;
-    let fadt = root[HEADER..]
-        .chunks_exact(width)
-        .filter_map(|entry| table(memory, field(entry, 0, width)?))
-        .find(|table| &table[..4] == b"FACP");
-    Some(Acpi { oem, soft_off: fadt.and_then(|fadt| soft_off(memory, &fadt)) })
+    let find = |signature: &[u8; 4]| {
+        root[HEADER..]
+            .chunks_exact(width)
+            .filter_map(|entry| table(memory, field(entry, 0, width)?))
+            .find(|table| &table[..4] == signature)
+    };
+    let soft_off = find(b"FACP").and_then(|fadt| soft_off(memory, &fadt));
+    let cpus = find(b"APIC").map_or(Vec::new(), |madt| cpus(&madt));
+    Some(Acpi { power: Power { oem, soft_off }, cpus })
+}
+
+/// Reads the MADT: behind the local APICs' address and flags, entries of a type, a length and a
+/// body.
+fn cpus(madt: &[u8]) -> Vec<u32> {
+    /// Entry types: Processor Local APIC, Processor Local x2APIC.
+    const LOCAL_APIC: u8 = 0;
+    const LOCAL_X2APIC: u8 = 9;
+    /// A Processor Local APIC with this ID is a place for a CPU that is not there.
+    const NO_ID: u64 = 0xff;
+    /// Flags of a CPU. One without it is absent, or must be plugged in first ("online capable").
+    const ENABLED: u64 = 1 << 0;
+
+    let mut apic_ids = Vec::new();
+    let mut known = BTreeSet::new();
+    let mut rest = madt.get(44..).unwrap_or_default();
+    while let [kind, length, ..] = *rest {
+        let Some((entry, next)) =
+            rest.split_at_checked(length.into()).filter(|(entry, _)| entry.len() >= 2)
+        else {
+            break;
+        };
+        rest = next;
+        let cpu = match kind {
+            LOCAL_APIC => field(entry, 3, 1).filter(|id| *id != NO_ID).zip(field(entry, 4, 4)),
+            LOCAL_X2APIC => field(entry, 4, 4).zip(field(entry, 8, 4)),
+            _ => None,
+        };
+        if let Some((id, flags)) = cpu
+            && flags & ENABLED != 0
+            && known.insert(id)
+        {
+            apic_ids.push(id as u32);
+        }
+    }
+    apic_ids
 }
 
 fn soft_off(memory: &impl Physical, fadt: &[u8]) -> Option<SoftOff> {
@@ -142,6 +194,29 @@ mod tests {
         table
     }
 
+    /// The part of a MADT behind its header.
+    fn madt(entries: &[&[u8]]) -> Vec<u8> {
+        [&0xfee0_0000u32.to_le_bytes(), &[1, 0, 0, 0][..], &entries.concat()].concat()
+    }
+
+    const CPUS: [&[u8]; 9] = [
+        &[0, 8, 0, 4, 1, 0, 0, 0],
+        // An I/O APIC; not enabled; online capable; no ID.
+        &[1, 12, 0, 0, 0, 0, 0xc0, 0xfe, 0, 0, 0, 0],
+        &[0, 8, 1, 5, 0, 0, 0, 0],
+        &[0, 8, 1, 6, 2, 0, 0, 0],
+        &[0, 8, 2, 0xff, 1, 0, 0, 0],
+        &[0, 8, 3, 2, 1, 0, 0, 0],
+        &[9, 16, 0, 0, 0, 1, 0, 0, 1, 0, 0, 0, 4, 0, 0, 0],
+        // The first one again.
+        &[9, 16, 0, 0, 4, 0, 0, 0, 1, 0, 0, 0, 5, 0, 0, 0],
+        &[9, 16, 0, 0, 0xff, 0, 0, 0, 3, 0, 0, 0, 6, 0, 0, 0],
+    ];
+
+    fn cpus_of(entries: &[&[u8]]) -> Vec<u32> {
+        cpus(&table_of(b"APIC", &madt(entries)))
+    }
+
     fn machine() -> Flat {
         let mut memory = vec![0; 0x1000];
         let mut put = |at: usize, bytes: &[u8]| memory[at..at + bytes.len()].copy_from_slice(bytes);
@@ -152,7 +227,7 @@ mod tests {
         seal(&mut rsdp, 8);
         put(0, &rsdp);
         put(0x100, &table_of(b"RSDT", &[0x200u32.to_le_bytes(), 0x300u32.to_le_bytes()].concat()));
-        put(0x200, &table_of(b"APIC", &[0; 8]));
+        put(0x200, &table_of(b"APIC", &madt(&CPUS)));
         let mut fadt = [0; 116];
         fadt[40 - HEADER..44 - HEADER].copy_from_slice(&0x400u32.to_le_bytes());
         fadt[48 - HEADER] = 0xb2;
@@ -165,11 +240,34 @@ mod tests {
 
     #[test]
     fn soft_off_is_found() {
-        let acpi = read(&machine(), 0).unwrap();
-        assert_eq!(&acpi.oem, b"MAKER ");
-        let soft_off = acpi.soft_off.unwrap();
+        let power = read(&machine(), 0).unwrap().power;
+        assert_eq!(&power.oem, b"MAKER ");
+        let soft_off = power.soft_off.unwrap();
         assert_eq!(soft_off.controls, [Some((0x604, 5)), None]);
         assert_eq!(soft_off.enable, Some((0xb2, 0xf1)));
+    }
+
+    #[test]
+    fn usable_cpus_are_listed_once_and_in_order() {
+        let cpus = read(&machine(), 0).unwrap().cpus;
+        assert_eq!(cpus, [4, 2, 0x100, 0xff]);
+    }
+
+    #[test]
+    fn what_follows_a_broken_entry_is_not_read() {
+        let good: &[u8] = &[0, 8, 0, 4, 1, 0, 0, 0];
+        let other: &[u8] = &[0, 8, 1, 5, 1, 0, 0, 0];
+        for broken in [&[0, 0][..], &[0, 1], &[2, 0xff], &[0]] {
+            assert_eq!(cpus_of(&[good, broken, other]), [4], "{broken:?}");
+            assert_eq!(cpus_of(&[good, broken]), [4], "{broken:?}");
+        }
+        // Too short for its type, but its length is good.
+        for short in [&[0, 2][..], &[0, 7, 0, 6, 1, 0, 0], &[9, 8, 0, 0, 6, 0, 0, 0], &[5, 4, 0, 0]]
+        {
+            assert_eq!(cpus_of(&[good, short, other]), [4, 5], "{short:?}");
+        }
+        assert_eq!(cpus_of(&[]), []);
+        assert_eq!(cpus(&[0; 43]), []);
     }
 
     #[test]
@@ -179,13 +277,28 @@ mod tests {
             for value in [0, 0x12, 0x7f, 0xff] {
                 let mut memory = Flat(good.0.clone());
                 memory.0[at] = value;
-                if let Some(acpi) = read(&memory, 0) {
-                    let _ = acpi.soft_off;
+                let _ = read(&memory, 0);
+                // The same with checksums that hold, so that what is in the tables is read.
+                for table in [0x100, 0x200, 0x300, 0x400] {
+                    let length = field(&memory.0, table + 4, 4).unwrap() as usize;
+                    if let Some(table) = memory.0.get_mut(table..table + length)
+                        && table.len() > 9
+                    {
+                        seal(table, 9);
+                    }
                 }
+                let _ = read(&memory, 0);
             }
         }
         assert_eq!(read(&good, 0x10), None);
         assert_eq!(read(&good, u64::MAX), None);
-        assert_eq!(read(&Flat(good.0[..0x320].to_vec()), 0).map(|acpi| acpi.soft_off), Some(None));
+        let cut = |length: usize| {
+            let acpi = read(&Flat(good.0[..length].to_vec()), 0).unwrap();
+            (acpi.power.soft_off.is_some(), !acpi.cpus.is_empty())
+        };
+        assert_eq!(
+            (cut(0x220), cut(0x320), cut(0x1000)),
+            ((false, false), (false, true), (true, true))
+        );
     }
 }

@@ -1,5 +1,7 @@
 //! From the loader to the last VM's end.
 
+use alloc::boxed::Box;
+use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 
@@ -9,13 +11,15 @@ use bootloader_api::{BootInfo, BootloaderConfig, entry_point};
 use sld::{Detection, SldMode};
 
 use crate::config::Config;
-use crate::events::{self, Ring};
+use crate::inbox::Message;
+use crate::percpu::{self, MAX_CPUS, PerCpu};
 use crate::ramdisk::{Ramdisk, RamdiskError};
-use crate::sched::{Cpu, MAX_WARNINGS, SldCpu, Totals};
+use crate::sched::{self, Policy};
+use crate::smp::BootCpu;
+use crate::task::VcpuTask;
 use crate::vm::{Bitmaps, Factory, Vm};
-use crate::x86::cpu::{self, Vmx};
-use crate::x86::exceptions;
-use crate::{TRAIL, acpi, logger, memory, power, serial};
+use crate::x86::cpu;
+use crate::{acpi, events, logger, memory, power, serial};
 
 /// Not read: cargo builds again when the linker script changes.
 const _: &str = include_str!("../kernel.ld");
@@ -37,7 +41,7 @@ fn main(info: &'static mut BootInfo) -> ! {
     log::info!("Unsplit {}", env!("CARGO_PKG_VERSION"));
     if let Err(why) = run(info) {
         log::error!("{why}");
-        events::write_raw("refused", "why", &why);
+        refused(&why);
     }
     power::off()
 }
@@ -49,6 +53,10 @@ fn refuse(why: impl fmt::Display) -> Refusal {
     alloc::format!("{why}")
 }
 
+fn refused(why: &str) {
+    events::write(percpu::stamp(), "refused", |json| json.text("why", why));
+}
+
 fn run(info: &'static BootInfo) -> Result<(), Refusal> {
     if let Err(short) = memory::initialize(&info.memory_regions) {
         // Without a heap there is no `Refusal` either.
@@ -56,33 +64,38 @@ fn run(info: &'static BootInfo) -> Result<(), Refusal> {
             "too little memory: {} MiB usable; the hypervisor needs about 16 MiB for itself",
             short.usable >> 20
         );
-        events::write_raw("refused", "why", &"too little memory");
+        refused("too little memory");
         power::off();
     }
-    let acpi = info.rsdp_addr.into_option();
-    if let Some(acpi) = acpi.and_then(|rsdp| acpi::read(&memory::DirectMap, rsdp)) {
-        power::initialize(acpi);
+    let rsdp = info.rsdp_addr.into_option();
+    let acpi = rsdp.and_then(|rsdp| acpi::read(&memory::DirectMap, rsdp));
+    if let Some(acpi) = &acpi {
+        power::initialize(acpi.power);
     }
     cpu::mask_legacy_interrupts();
-    let (segments, idt) = cpu::initialize();
     let ramdisk = Ramdisk::new(ramdisk(info).map_err(refuse)?).map_err(refuse)?;
     let config = Config::parse(ramdisk.config().map_err(refuse)?).map_err(refuse)?;
-    let vmx = cpu::enter_vmx(&segments, idt).map_err(refuse)?;
-    let bitmaps = Bitmaps::new().ok_or("no memory is left for bitmaps")?;
-    let mut cpu = Cpu {
-        index: 0,
-        sld: SldCpu::new(),
-        events: Ring::new(0),
-        trail: &TRAIL,
-        host: vmx.host,
-        warnings_left: MAX_WARNINGS,
+    let policy = Policy {
+        slice_ticks: config.slice_ticks,
+        migrate_exits: config.migrate_exits,
+        stop_after_loads: config.stop_after_loads,
+        verify: config.verify,
     };
-    start_detection(&mut cpu, &config, firmware(info));
-    let host = sld::Host { configured: config.sld, enforced: cpu.sld.mode() };
-    let factory = Factory { caps: &vmx.caps, bitmaps, ramdisk, host };
-    let vms = start_vms(&mut cpu, &factory, &config);
-    let totals = cpu.run(vms.into_iter(), config.slice_ticks);
-    shut_down(cpu, vmx, &totals);
+    let mut boot = BootCpu::start(config.sld, policy).map_err(refuse)?;
+    let bitmaps = Bitmaps::new().ok_or("no memory is left for bitmaps")?;
+    let apic_ids = acpi.map_or(Vec::new(), |acpi| acpi.cpus);
+    let limit = config.cpus.map_or(MAX_CPUS, |cpus| cpus as usize);
+    let page = memory::low_page(&info.memory_regions);
+    boot.start_others(&apic_ids, limit, page, (config.sld, policy));
+    say_boot(&boot, &config, firmware(info));
+    let host = sld::Host { configured: config.sld, enforced: boot.cpu.sld.mode() };
+    let factory = Factory { caps: &boot.caps, bitmaps, ramdisk, host };
+    let vms = make_vms(&factory, &config);
+    sched::set_vms(&vms);
+    drop(vms);
+    boot.run();
+    boot.leave();
+    shut_down();
     Ok(())
 }
 
@@ -99,25 +112,27 @@ fn firmware(info: &BootInfo) -> &'static str {
     if info.memory_regions.iter().any(|region| uefi(region.kind)) { "uefi" } else { "bios" }
 }
 
-/// Probes split-lock detection and says what came of it.
-fn start_detection(cpu: &mut Cpu, config: &Config, firmware: &str) {
-    let online = sld::online(&mut cpu.sld, config.sld);
-    let source = match online.detection {
+/// Says what has come up.
+fn say_boot(boot: &BootCpu, config: &Config, firmware: &str) {
+    let source = match boot.detection {
         Detection::Works => "msr",
         Detection::Absent | Detection::Failed(_) => "none",
     };
-    cpu.events.write("boot", |json| {
+    let cpus = percpu::online().count_ones();
+    events::write(boot.boot, "boot", |json| {
         json.text("version", env!("CARGO_PKG_VERSION"))?;
-        json.number("cpus", 1u32)?;
+        json.number("cpus", cpus)?;
         json.text("sld", config.sld)?;
         json.text("sld_source", source)?;
         json.text("firmware", firmware)
     });
-    cpu.note(None, Ok(online.real_bit));
-    match online.detection {
+    if cpus > 1 {
+        log::info!("{cpus} CPUs");
+    }
+    match boot.detection {
         Detection::Works => log::info!("split-lock detection: mode {}", config.sld),
         Detection::Failed(failure) => {
-            log::error!("CPU {}: split-lock detection does not work: {failure}", cpu.index);
+            log::error!("CPU 0: split-lock detection does not work: {failure}");
         }
         Detection::Absent if config.sld == SldMode::Off => log::info!("split-lock detection: off"),
         Detection::Absent => log::warn!(
@@ -128,26 +143,32 @@ fn start_detection(cpu: &mut Cpu, config: &Config, firmware: &str) {
     }
 }
 
-fn start_vms(cpu: &mut Cpu, factory: &Factory<'_>, config: &Config) -> Vec<Vm> {
+/// Makes the VMs and gives each vCPU to the CPU that has the least to do.
+fn make_vms(factory: &Factory<'_>, config: &Config) -> Vec<Arc<Vm>> {
+    let mut loads = [0; MAX_CPUS];
     let mut vms = Vec::with_capacity(config.vms.len());
-    for (index, vm_config) in (0u16..).zip(&config.vms) {
+    let mut vcpus = 0;
+    for vm_config in &config.vms {
         let name = vm_config.name.as_str();
-        match factory.build(vm_config, index) {
-            Ok(vm) => {
-                let (policy, bytes) = (vm.guest.policy, vm.guest.memory.len());
-                log::info!("VM {name}: {} MiB, policy {}", bytes >> 20, policy.mode());
-                cpu.events.write("vm-start", |json| {
+        match factory.build(vm_config, vcpus) {
+            Ok((vm, tasks)) => {
+                let bytes = vm.memory.len();
+                log::info!("VM {name}: {} MiB, policy {}", bytes >> 20, vm.policy.mode());
+                events::write(percpu::stamp(), "vm-start", |json| {
                     json.text("vm", name)?;
-                    json.text("policy", policy.mode())?;
-                    json.flag("exposed", policy.exposed())?;
-                    json.number("vcpus", 1u32)?;
+                    json.text("policy", vm.policy.mode())?;
+                    json.flag("exposed", vm.policy.exposed())?;
+                    json.number("vcpus", vm.placement.vcpus)?;
+                    json.number("weight", vm.placement.weight)?;
                     json.number("memory_bytes", bytes)
                 });
+                vcpus += tasks.len();
+                tasks.into_iter().for_each(|task| place(task, &vm, &mut loads));
                 vms.push(vm);
             }
             Err(why) => {
                 log::error!("VM {name} cannot start: {why}");
-                cpu.events.write("vm-refused", |json| {
+                events::write(percpu::stamp(), "vm-refused", |json| {
                     json.text("vm", name)?;
                     json.text("why", why)
                 });
@@ -157,17 +178,26 @@ fn start_vms(cpu: &mut Cpu, factory: &Factory<'_>, config: &Config) -> Vec<Vm> {
     vms
 }
 
-fn shut_down(mut cpu: Cpu, vmx: Vmx, totals: &Totals) {
-    let written = sld::offline(&mut cpu.sld);
-    cpu.note(None, written);
-    vmx.leave();
+fn place(task: VcpuTask, vm: &Vm, loads: &mut [u64; MAX_CPUS]) {
+    let allowed = percpu::all(percpu::online() & vm.placement.cpus);
+    let least = allowed.min_by_key(|cpu: &&PerCpu| loads[cpu.index as usize]);
+    let cpu = least.expect("a placement names CPUs that are online");
+    loads[cpu.index as usize] += u64::from(vm.placement.weight);
+    cpu.inbox.push(Message::Take(Box::new(task)));
+}
+
+fn shut_down() {
+    let (counters, vms, violations) = sched::totals();
     log::info!("all VMs have ended");
-    cpu.events.write("shutdown", |json| {
+    events::write(percpu::stamp(), "shutdown", |json| {
         json.object("counters", |json| {
-            json.number("vms", totals.vms)?;
-            json.number("exits", totals.exits)?;
-            totals.split_locks.write(json)?;
-            json.number("nmis", exceptions::nmis())
+            json.number("vms", vms)?;
+            json.number("exits", counters.all_exits())?;
+            counters.split_locks.write(json)?;
+            json.number("nmis", percpu::nmis())?;
+            json.number("loads", counters.loads)?;
+            json.number("migrations", counters.migrations)?;
+            json.number("violations", violations)
         })
     });
 }

@@ -5,16 +5,25 @@ use alloc::format;
 use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::fmt;
+use core::ops::RangeInclusive;
 
 use serde::Deserialize;
 use sld::SldMode;
 use vmx::fields::GuestField;
 use vmx::vcpu::MAX_OVERRIDES;
 
+use crate::gate;
+
 /// The most VMs that one run has.
 pub const MAX_VMS: usize = 64;
 /// Smallest and largest guest memory in MiB.
-const MEMORY_MIB: core::ops::RangeInclusive<u64> = 2..=1 << 20;
+const MEMORY_MIB: RangeInclusive<u64> = 2..=1 << 20;
+/// The most vCPUs that one VM has.
+pub const MAX_VCPUS: u32 = gate::MEMBERS as u32;
+/// How many vCPUs one VM has.
+const VCPUS: RangeInclusive<u32> = 1..=MAX_VCPUS;
+/// Smallest and largest weight of a VM.
+const WEIGHT: RangeInclusive<u32> = 1..=1000;
 /// The longest VM name.
 const MAX_NAME: usize = 31;
 
@@ -28,6 +37,19 @@ pub struct Config {
     /// How long a vCPU runs before the next one's turn, in ticks of the TSC.
     #[serde(default = "default_slice")]
     pub slice_ticks: u64,
+    /// How many CPUs are used at most; all if absent.
+    #[serde(default)]
+    pub cpus: Option<u32>,
+    /// Whether the invariants are checked at each vCPU load, put and task switch.
+    #[serde(default)]
+    pub verify: bool,
+    /// A vCPU that had so many exits or more since it came to its CPU is sent on to the next one at
+    /// the end of its turn; none is if absent.
+    #[serde(default)]
+    pub migrate_exits: Option<u64>,
+    /// All VMs are ended once so many vCPU loads have happened; never if absent.
+    #[serde(default)]
+    pub stop_after_loads: Option<u64>,
     /// The VMs, which all run at the same time.
     #[serde(default, rename = "vm")]
     pub vms: Vec<VmConfig>,
@@ -43,6 +65,16 @@ pub struct VmConfig {
     pub image: String,
     /// Memory in MiB, even.
     pub memory_mib: u64,
+    /// How many vCPUs it has; [`Self::placement`] checks it.
+    #[serde(default = "default_vcpus")]
+    pub vcpus: i64,
+    /// How much of a CPU's time each vCPU gets, compared with others; [`Self::placement`] checks
+    /// it.
+    #[serde(default = "default_weight")]
+    pub weight: i64,
+    /// The CPUs that its vCPUs may run on; all if absent. [`Self::placement`] checks them.
+    #[serde(default)]
+    pub cpus: Option<Vec<i64>>,
     /// Whether CPUID and IA32_CORE_CAPABILITIES tell the guest that it has the feature.
     #[serde(default)]
     pub expose_sld: bool,
@@ -62,6 +94,14 @@ pub struct VmConfig {
 
 const fn default_slice() -> u64 {
     1_000_000
+}
+
+const fn default_vcpus() -> i64 {
+    1
+}
+
+const fn default_weight() -> i64 {
+    100
 }
 
 fn mode<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SldMode, D::Error> {
@@ -114,6 +154,15 @@ impl Config {
         if self.slice_ticks == 0 {
             return Err("slice_ticks must be at least 1".to_string());
         }
+        if self.cpus == Some(0) {
+            return Err("cpus = 0: use at least 1, or leave the key out to use all".to_string());
+        }
+        if self.migrate_exits == Some(0) {
+            return Err("migrate_exits = 0: use at least 1, or leave the key out".to_string());
+        }
+        if self.stop_after_loads == Some(0) {
+            return Err("stop_after_loads = 0: use at least 1, or leave the key out".to_string());
+        }
         for (index, vm) in self.vms.iter().enumerate() {
             vm.check()?;
             if self.vms[..index].iter().any(|other| other.name == vm.name) {
@@ -153,6 +202,35 @@ impl VmConfig {
         }
     }
 
+    /// How many vCPUs it has and where they run. Bit n of `online` is set where CPU n runs.
+    ///
+    /// # Errors
+    ///
+    /// What this machine or any other cannot do. The VM cannot start; other VMs are not concerned.
+    pub fn placement(&self, online: u64) -> Result<Placement, PlacementError> {
+        let within = |value: i64, range: &RangeInclusive<u32>| {
+            u32::try_from(value).ok().filter(|value| range.contains(value))
+        };
+        let vcpus = within(self.vcpus, &VCPUS).ok_or(PlacementError::Vcpus(self.vcpus))?;
+        let weight = within(self.weight, &WEIGHT).ok_or(PlacementError::Weight(self.weight))?;
+        let Some(list) = &self.cpus else {
+            return Ok(Placement { vcpus, weight, cpus: online });
+        };
+        let mut cpus = 0;
+        for &cpu in list {
+            let bit = u32::try_from(cpu).ok().and_then(|cpu| 1u64.checked_shl(cpu));
+            cpus |= bit.filter(|bit| online & bit != 0).ok_or_else(|| PlacementError::Absent {
+                list: list.clone(),
+                cpu,
+                online,
+            })?;
+        }
+        if cpus == 0 {
+            return Err(PlacementError::NoCpus);
+        }
+        Ok(Placement { vcpus, weight, cpus })
+    }
+
     /// [`Self::vmcs`] with the names resolved.
     pub fn overrides(&self) -> [Option<(GuestField, u64)>; MAX_OVERRIDES] {
         let mut fields = self
@@ -161,6 +239,73 @@ impl VmConfig {
             .filter_map(|(name, value)| Some((GuestField::named(name)?, value.cast_unsigned())));
         core::array::from_fn(|_| fields.next())
     }
+}
+
+/// How many vCPUs a VM has and where they run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Placement {
+    /// 1 to [`MAX_VCPUS`].
+    pub vcpus: u32,
+    /// 1 to 1000.
+    pub weight: u32,
+    /// The CPUs that they may run on: bit n for CPU n. Not 0, and all of them are online.
+    pub cpus: u64,
+}
+
+/// Why a VM's vCPUs cannot be placed.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum PlacementError {
+    /// `vcpus` is out of range.
+    Vcpus(i64),
+    /// `weight` is out of range.
+    Weight(i64),
+    /// `cpus` is empty.
+    NoCpus,
+    /// One of `cpus` does not run.
+    Absent {
+        /// `cpus`.
+        list: Vec<i64>,
+        /// The first one that does not run.
+        cpu: i64,
+        /// Those that do: bit n for CPU n.
+        online: u64,
+    },
+}
+
+impl fmt::Display for PlacementError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Vcpus(vcpus) => write!(f, "vcpus = {vcpus}: a VM has 1 to {MAX_VCPUS}"),
+            Self::Weight(weight) => write!(
+                f,
+                "weight = {weight}: use {} to {}, 100 is the usual one",
+                WEIGHT.start(),
+                WEIGHT.end()
+            ),
+            Self::NoCpus => f.write_str("cpus = []: name at least one CPU, or leave the key out"),
+            Self::Absent { list, cpu, online } => {
+                write!(f, "cpus = {list:?}: there is no CPU {cpu}, this machine runs with ")?;
+                write_cpus(f, *online)
+            }
+        }
+    }
+}
+
+/// Writes the CPUs of a mask as "CPU 0" or "CPUs 0 to 3, 5".
+fn write_cpus(f: &mut fmt::Formatter<'_>, mut mask: u64) -> fmt::Result {
+    let mut separator = if mask.count_ones() == 1 { "CPU " } else { "CPUs " };
+    while mask != 0 {
+        let first = mask.trailing_zeros();
+        let length = (mask >> first).trailing_ones();
+        write!(f, "{separator}{first}")?;
+        if length > 1 {
+            write!(f, " to {}", first + length - 1)?;
+        }
+        separator = ", ";
+        // Adding the lowest bit of a run of ones carries it to the bit above the run.
+        mask &= mask.wrapping_add(1 << first);
+    }
+    Ok(())
 }
 
 fn line_of(text: &str, offset: usize) -> usize {
@@ -201,6 +346,67 @@ mod tests {
     fn defaults() {
         let config = Config::parse(format!("sld = \"warn\"\n{VM}").as_bytes()).unwrap();
         assert!(!config.vms[0].expose_sld && config.vms[0].policy.is_none());
+    }
+
+    #[test]
+    fn smp_keys() {
+        let config = Config::parse(format!("sld = \"warn\"\n{VM}").as_bytes()).unwrap();
+        assert_eq!((config.cpus, config.verify), (None, false));
+        assert_eq!((config.migrate_exits, config.stop_after_loads), (None, None));
+        let text = format!(
+            "sld = \"warn\"\ncpus = 3\nverify = true\nmigrate_exits = 40\n\
+             stop_after_loads = 5\n{VM}vcpus = 2\nweight = 7\ncpus = [2, 0]\n"
+        );
+        let config = Config::parse(text.as_bytes()).unwrap();
+        assert_eq!((config.cpus, config.verify), (Some(3), true));
+        assert_eq!((config.migrate_exits, config.stop_after_loads), (Some(40), Some(5)));
+        let placement = config.vms[0].placement(0b1101);
+        assert_eq!(placement, Ok(Placement { vcpus: 2, weight: 7, cpus: 0b101 }));
+        for key in ["cpus", "migrate_exits", "stop_after_loads"] {
+            let error = error(&format!("sld = \"warn\"\n{key} = 0\n{VM}"));
+            assert!(error.contains(&format!("{key} = 0: use at least 1")), "{error}");
+        }
+        assert!(error(&format!("sld = \"warn\"\n{VM}cpus = 1\n")).contains("line 6"));
+    }
+
+    #[test]
+    fn a_placement_that_cannot_be_is_refused_and_the_file_is_not() {
+        let place = |keys: &str, online| {
+            let text = format!("sld = \"warn\"\n{VM}{keys}\n");
+            let config = Config::parse(text.as_bytes()).unwrap();
+            config.vms[0].placement(online).map_err(|error| error.to_string())
+        };
+        let all = u64::MAX;
+        assert_eq!(place("", 0xf), Ok(Placement { vcpus: 1, weight: 100, cpus: 0xf }));
+        assert!(place("vcpus = 16\nweight = 1", all).is_ok());
+        assert!(place("weight = 1000\ncpus = [63, 63]", all).is_ok_and(|p| p.cpus == 1 << 63));
+        for (keys, online, message) in [
+            ("vcpus = 17", 0xf, "vcpus = 17: a VM has 1 to 16"),
+            ("vcpus = 0", 0xf, "vcpus = 0: a VM has 1 to 16"),
+            ("vcpus = -1", 0xf, "vcpus = -1: a VM has 1 to 16"),
+            ("vcpus = 4294967297", 0xf, "vcpus = 4294967297: a VM has 1 to 16"),
+            ("weight = 0", 0xf, "weight = 0: use 1 to 1000, 100 is the usual one"),
+            ("weight = 1001", 0xf, "weight = 1001: use 1 to 1000, 100 is the usual one"),
+            ("cpus = []", 0xf, "cpus = []: name at least one CPU, or leave the key out"),
+            (
+                "cpus = [0, 9]",
+                0xf,
+                "cpus = [0, 9]: there is no CPU 9, this machine runs with CPUs 0 to 3",
+            ),
+            ("cpus = [-1]", 1, "cpus = [-1]: there is no CPU -1, this machine runs with CPU 0"),
+            (
+                "cpus = [64]",
+                all,
+                "cpus = [64]: there is no CPU 64, this machine runs with CPUs 0 to 63",
+            ),
+            (
+                "cpus = [1]",
+                1 << 63 | 0b1_1101,
+                "cpus = [1]: there is no CPU 1, this machine runs with CPUs 0, 2 to 4, 63",
+            ),
+        ] {
+            assert_eq!(place(keys, online), Err(message.to_string()));
+        }
     }
 
     #[test]

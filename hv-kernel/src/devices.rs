@@ -1,8 +1,9 @@
 //! The devices that every guest finds: a 16550A as console, `isa-debug-exit`, the debug console.
 
-use arrayvec::ArrayVec;
+use alloc::collections::VecDeque;
 
-use crate::serial;
+use arrayvec::ArrayVec;
+use vmx::run::PortWrite;
 
 /// The UART's registers: 0x3f8 to 0x3ff.
 const UART: core::ops::RangeInclusive<u16> = 0x3f8..=0x3ff;
@@ -13,40 +14,49 @@ const DEBUG_CONSOLE: u16 = 0xe9;
 /// The longest line that is held back to be printed in one piece.
 const LINE: usize = 160;
 
-/// A guest's output, line by line, each with the VM's name before it.
+/// How many lines wait to be printed. A guest that writes more waits with them.
+const LINES: usize = 16;
+
+/// A line of output.
+pub type Line = ArrayVec<u8, LINE>;
+
+/// A guest's output, line by line.
 #[derive(Debug)]
-pub struct Console {
-    name: &'static str,
-    line: ArrayVec<u8, LINE>,
+struct Console {
+    /// What is not ended yet.
+    line: Line,
+    /// What waits to be printed.
+    ended: VecDeque<Line>,
 }
 
 impl Console {
-    fn new(name: &'static str) -> Self {
-        Self { name, line: ArrayVec::new() }
+    fn new() -> Self {
+        Self { line: Line::new(), ended: VecDeque::with_capacity(LINES) }
+    }
+
+    /// Whether it takes another byte: any byte may end one line.
+    fn is_full(&self) -> bool {
+        self.ended.len() >= LINES
     }
 
     fn put(&mut self, byte: u8) {
         match byte {
-            b'\n' => self.flush(),
+            b'\n' => self.end_line(),
             b'\r' => {}
             _ => {
                 // Terminal control is the operator's, not a guest's.
                 let shown =
                     if byte.is_ascii_graphic() || b" \t".contains(&byte) { byte } else { b'.' };
-                if self.line.try_push(shown).is_err() {
-                    self.flush();
-                    self.line.push(shown);
+                if self.line.is_full() {
+                    self.end_line();
                 }
+                self.line.push(shown);
             }
         }
     }
 
-    /// Prints what has been held back.
-    fn flush(&mut self) {
-        // `put` lets nothing but ASCII in.
-        let line = core::str::from_utf8(&self.line).unwrap_or("");
-        serial::LOG.with(|port| write!(port, "[{}] {line}\r\n", self.name));
-        self.line.clear();
+    fn end_line(&mut self) {
+        self.ended.push_back(core::mem::take(&mut self.line));
     }
 }
 
@@ -109,7 +119,7 @@ impl Uart {
     }
 }
 
-/// All devices of one VM.
+/// All devices of one VM, which its vCPUs share.
 #[derive(Debug)]
 pub struct Devices {
     uart: Uart,
@@ -117,9 +127,9 @@ pub struct Devices {
 }
 
 impl Devices {
-    /// The devices of the VM `name`.
-    pub fn new(name: &'static str) -> Self {
-        Self { uart: Uart::default(), console: Console::new(name) }
+    /// The devices of a VM.
+    pub fn new() -> Self {
+        Self { uart: Uart::default(), console: Console::new() }
     }
 
     /// IN of `size` bytes. A port that nobody owns reads as all ones.
@@ -131,25 +141,38 @@ impl Devices {
         }
     }
 
-    /// OUT of `size` bytes. `Some(status)` when the guest ends its VM.
-    pub fn port_write(&mut self, port: u16, size: u8, value: u32) -> Option<u32> {
+    /// OUT of `size` bytes.
+    pub fn port_write(&mut self, port: u16, size: u8, value: u32) -> PortWrite {
         match port {
+            _ if self.console.is_full() && (port == DEBUG_CONSOLE || UART.contains(&port)) => {
+                return PortWrite::Full;
+            }
             port if UART.contains(&port) && size == 1 => {
                 if let Some(byte) = self.uart.write(port - UART.start(), value as u8) {
                     self.console.put(byte);
                 }
             }
             DEBUG_CONSOLE => self.console.put(value as u8),
-            DEBUG_EXIT => return Some(value << 1 | 1),
+            DEBUG_EXIT => return PortWrite::End(value << 1 | 1),
             _ => {}
         }
-        None
+        PortWrite::Done
     }
 
-    /// Prints the last line if it was not ended.
-    pub fn flush(&mut self) {
+    /// The next line that waits to be printed.
+    pub fn next_line(&mut self) -> Option<Line> {
+        self.console.ended.pop_front()
+    }
+
+    /// Whether lines wait to be printed, and whether as many as there is room for.
+    pub fn lines(&self) -> (bool, bool) {
+        (!self.console.ended.is_empty(), self.console.is_full())
+    }
+
+    /// The VM has ended: so has its last line.
+    pub fn end_line(&mut self) {
         if !self.console.line.is_empty() {
-            self.console.flush();
+            self.console.end_line();
         }
     }
 }
@@ -160,15 +183,15 @@ mod tests {
 
     #[test]
     fn ports_that_nobody_owns_read_as_ones() {
-        let mut devices = Devices::new("t");
+        let mut devices = Devices::new();
         assert_eq!(devices.port_read(0x80, 1), u32::MAX);
-        assert_eq!(devices.port_write(0x80, 1, 5), None);
+        assert_eq!(devices.port_write(0x80, 1, 5), PortWrite::Done);
         assert_eq!(devices.port_read(0xe9, 1), 0xe9);
     }
 
     #[test]
     fn debug_exit_gives_the_status_that_qemu_gives() {
-        assert_eq!(Devices::new("t").port_write(0xf4, 1, 0x10), Some(33));
+        assert_eq!(Devices::new().port_write(0xf4, 1, 0x10), PortWrite::End(33));
     }
 
     #[test]
@@ -190,10 +213,26 @@ mod tests {
 
     #[test]
     fn lines_are_cut_not_lost() {
-        let mut console = Console::new("t");
+        let mut console = Console::new();
         (0..LINE).for_each(|_| console.put(b'a'));
-        assert_eq!(console.line.len(), LINE);
+        assert_eq!((console.line.len(), console.ended.len()), (LINE, 0));
         console.put(0x1b);
-        assert_eq!(console.line.as_slice(), b".");
+        assert_eq!((console.line.as_slice(), console.ended.len()), (&b"."[..], 1));
+    }
+
+    #[test]
+    fn what_there_is_no_room_for_is_not_taken() {
+        let mut devices = Devices::new();
+        for _ in 0..LINES {
+            assert!(!devices.lines().1);
+            assert_eq!(devices.port_write(0xe9, 1, b'\n'.into()), PortWrite::Done);
+        }
+        assert_eq!(devices.port_write(0xe9, 1, b'x'.into()), PortWrite::Full);
+        assert_eq!(devices.port_write(0x3f8, 1, b'x'.into()), PortWrite::Full);
+        assert_eq!(devices.port_write(0x80, 1, 0), PortWrite::Done);
+        assert!(devices.next_line().is_some());
+        assert_eq!(devices.port_write(0xe9, 1, b'x'.into()), PortWrite::Done);
+        devices.end_line();
+        assert_eq!(devices.lines(), (true, true));
     }
 }

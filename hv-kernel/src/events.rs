@@ -1,25 +1,20 @@
 //! The event stream on COM2: one JSON object a line for every decision.
 //!
-//! What happens on an exit path is put into a ring of this CPU, unformatted, and written out when
-//! the vCPU's turn is over or the ring is full. The time that this takes is its VM's: it is charged
-//! to it, and the others have as much before its next turn.
+//! What happens on an exit path is put into a ring of the vCPU, unformatted, and written out in its
+//! turns. The time that this takes is the vCPU's: while much is to be written, its guest waits.
 
-use alloc::boxed::Box;
+use alloc::collections::VecDeque;
 use core::fmt::{self, Write};
-use core::sync::atomic::{AtomicU64, Ordering};
 
-use arrayvec::ArrayVec;
 use sld::{MsrWrite, RealBit};
-use vmx::instruction::now;
 use vmx::run::AcReport;
 
 use crate::serial;
 
 /// Events that a ring holds.
-const RING: usize = 256;
-
-/// Numbers the lines.
-static SEQUENCE: AtomicU64 = AtomicU64::new(0);
+const RING: usize = 128;
+/// What one exit, with a load and a put, may add.
+const MARGIN: usize = 12;
 
 /// An event of an exit path.
 #[derive(Debug, Clone, Copy)]
@@ -37,78 +32,114 @@ pub enum Event {
     RealBit(RealBit),
 }
 
+/// Where and when something happened.
+#[derive(Debug, Clone, Copy)]
+pub struct Stamp {
+    /// The TSC.
+    pub tsc: u64,
+    /// The CPU.
+    pub cpu: u32,
+    /// Which of the CPU's events it is, from 0.
+    pub seq: u64,
+}
+
+/// What an event is about: a VM's name and the vCPU in it.
+pub type Subject = (&'static str, u32);
+
 #[derive(Debug, Clone, Copy)]
 struct Record {
-    tsc: u64,
-    vm: Option<&'static str>,
+    stamp: Stamp,
+    subject: Option<Subject>,
     event: Event,
 }
 
-/// The events of one CPU that are not yet written out.
+/// Events that are not yet written out.
 #[derive(Debug)]
-pub struct Ring {
-    cpu: u32,
-    records: Box<ArrayVec<Record, RING>>,
-}
+pub struct Ring(VecDeque<Record>);
 
 impl Ring {
-    /// An empty ring for the CPU with this index.
-    pub fn new(cpu: u32) -> Self {
-        Self { cpu, records: Box::new(ArrayVec::new()) }
+    /// What one takes on the heap.
+    #[cfg(not(test))]
+    pub const BYTES: usize = RING * size_of::<Record>();
+
+    /// An empty ring.
+    pub fn new() -> Self {
+        Self(VecDeque::with_capacity(RING))
     }
 
-    /// Adds an event of `vm`, or of no VM.
+    /// Adds an event. Without room the oldest one is written first, however long that takes.
     #[inline]
-    pub fn push(&mut self, vm: Option<&'static str>, event: Event) {
-        if self.records.is_full() {
+    pub fn push(&mut self, stamp: Stamp, subject: Option<Subject>, event: Event) {
+        if self.0.len() == RING {
             self.make_room();
         }
-        self.records.push(Record { tsc: now(), vm, event });
+        self.0.push_back(Record { stamp, subject, event });
     }
 
     /// Apart, so that the usual case saves no registers for it.
     #[cold]
     #[inline(never)]
     fn make_room(&mut self) {
-        self.drain();
+        let Some(record) = self.0.pop_front() else { return };
+        serial::EVENTS.with(|out| line(out, record.stamp, |json| record.write(json)));
     }
 
-    /// Writes all events out.
-    pub fn drain(&mut self) {
-        for record in self.records.drain(..) {
-            line(record.tsc, self.cpu, |json| record.write(json));
+    /// Whether so much is to be written that the guest has to wait.
+    pub fn is_over_half(&self) -> bool {
+        self.0.len() > RING / 2
+    }
+
+    /// Whether another exit might find no room.
+    #[inline]
+    pub fn is_nearly_full(&self) -> bool {
+        self.0.len() > RING - MARGIN
+    }
+
+    /// Whether there is nothing to write.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// Writes the oldest event out; false if there is none, or another CPU has the port.
+    pub fn write_one(&mut self) -> bool {
+        let records = &mut self.0;
+        let written = serial::EVENTS.try_with(|out| {
+            let record = records.pop_front()?;
+            line(out, record.stamp, |json| record.write(json)).ok()
+        });
+        matches!(written, Some(Some(())))
+    }
+
+    /// Writes all events out, however long that takes.
+    pub fn write_all(&mut self) {
+        while !self.0.is_empty() {
+            self.make_room();
         }
     }
+}
 
-    /// Writes an event out at once, after those that wait. `name` is the event's; `fields` adds to
-    /// it.
-    pub fn write(&mut self, name: &str, fields: impl FnOnce(&mut Object<'_>) -> fmt::Result) {
-        self.drain();
-        line(now(), self.cpu, |json| {
+/// Writes an event out at once. `name` is the event's; `fields` adds to it.
+pub fn write(stamp: Stamp, name: &str, fields: impl FnOnce(&mut Object<'_>) -> fmt::Result) {
+    serial::EVENTS.with(|out| {
+        line(out, stamp, |json| {
             json.text("event", name)?;
             fields(json)
-        });
-    }
-}
-
-/// Writes an event where there is no ring yet, or none to be trusted any more.
-pub fn write_raw(name: &str, key: &str, text: &dyn fmt::Display) {
-    line(now(), 0, |json| {
-        json.text("event", name)?;
-        json.text(key, text)
+        })
     });
 }
 
-fn line(tsc: u64, cpu: u32, fields: impl FnOnce(&mut Object<'_>) -> fmt::Result) {
-    serial::EVENTS.with(|out| {
-        let mut json = Object::open(out)?;
-        json.number("seq", SEQUENCE.fetch_add(1, Ordering::Relaxed))?;
-        json.number("tsc", tsc)?;
-        json.number("cpu", cpu)?;
-        fields(&mut json)?;
-        json.close()?;
-        out.write_str("\n")
-    });
+fn line(
+    out: &mut dyn Write,
+    stamp: Stamp,
+    fields: impl FnOnce(&mut Object<'_>) -> fmt::Result,
+) -> fmt::Result {
+    let mut json = Object::open(out)?;
+    json.number("seq", stamp.seq)?;
+    json.number("tsc", stamp.tsc)?;
+    json.number("cpu", stamp.cpu)?;
+    fields(&mut json)?;
+    json.close()?;
+    out.write_str("\n")
 }
 
 impl Record {
@@ -121,9 +152,9 @@ impl Record {
                 Event::RealBit(_) => "real-bit",
             },
         )?;
-        if let Some(vm) = self.vm {
+        if let Some((vm, vcpu)) = self.subject {
             json.text("vm", vm)?;
-            json.number("vcpu", 0u32)?;
+            json.number("vcpu", vcpu)?;
         }
         match self.event {
             Event::Ac(report) => {
@@ -238,10 +269,12 @@ mod tests {
     use std::string::String;
     use vmx::run::InstructionBytes;
 
-    fn written(vm: Option<&'static str>, event: Event) -> String {
+    const STAMP: Stamp = Stamp { tsc: 7, cpu: 3, seq: 5 };
+
+    fn written(subject: Option<Subject>, event: Event) -> String {
         let mut text = String::new();
         let mut json = Object::open(&mut text).unwrap();
-        Record { tsc: 0, vm, event }.write(&mut json).unwrap();
+        Record { stamp: STAMP, subject, event }.write(&mut json).unwrap();
         json.close().unwrap();
         text
     }
@@ -259,17 +292,40 @@ mod tests {
             instruction: InstructionBytes::new(bytes, 2),
         };
         assert_eq!(
-            written(Some("a"), Event::Ac(report)),
-            r#"{"event":"ac","vm":"a","vcpu":0,"rip":"0x100000","cpl":3,"am":true,"ac":false,"virtual_bit":false,"legacy":false,"verdict":"kill","bytes":"f001"}"#
+            written(Some(("a", 2)), Event::Ac(report)),
+            r#"{"event":"ac","vm":"a","vcpu":2,"rip":"0x100000","cpl":3,"am":true,"ac":false,"virtual_bit":false,"legacy":false,"verdict":"kill","bytes":"f001"}"#
         );
         assert_eq!(
             written(None, Event::RealBit(RealBit { on: true, why: Why::Boot })),
             r#"{"event":"real-bit","on":true,"why":"boot"}"#
         );
         assert_eq!(
-            written(Some("a"), Event::TestCtrlWrite { value: 1 << 29, result: MsrWrite::Stored }),
+            written(
+                Some(("a", 0)),
+                Event::TestCtrlWrite { value: 1 << 29, result: MsrWrite::Stored }
+            ),
             r#"{"event":"test-ctrl-write","vm":"a","vcpu":0,"value":"0x20000000","result":"stored"}"#
         );
+    }
+
+    #[test]
+    fn lines_say_where_and_when() {
+        let mut text = String::new();
+        line(&mut text, STAMP, |json| json.text("event", "boot")).unwrap();
+        assert_eq!(text, "{\"seq\":5,\"tsc\":7,\"cpu\":3,\"event\":\"boot\"}\n");
+    }
+
+    #[test]
+    fn a_ring_says_when_the_guest_has_to_wait() {
+        let mut ring = Ring::new();
+        let event = Event::RealBit(RealBit { on: true, why: Why::Load });
+        for count in 1..=RING {
+            ring.push(STAMP, None, event);
+            assert_eq!(ring.is_over_half(), count > RING / 2);
+            assert_eq!(ring.is_nearly_full(), count > RING - MARGIN);
+        }
+        ring.write_all();
+        assert!(ring.is_empty() && !ring.write_one());
     }
 
     #[test]

@@ -9,30 +9,40 @@ extern crate alloc;
 
 mod acpi;
 mod config;
+mod deadlines;
 mod devices;
 mod events;
 mod frames;
+mod gate;
 mod logger;
 mod pvh;
 mod ramdisk;
+mod runqueue;
 mod serial;
 mod trail;
+mod wake;
 
 #[cfg(not(test))]
 mod boot;
+mod counters;
 mod guest_memory;
+#[cfg(not(test))]
+mod inbox;
 #[cfg(not(test))]
 mod mem_functions;
 mod memory;
 #[cfg(not(test))]
 mod panic;
+#[cfg(not(test))]
+mod percpu;
 mod power;
 #[cfg(not(test))]
 mod sched;
 #[cfg(not(test))]
+mod smp;
+#[cfg(not(test))]
+mod task;
+#[cfg(not(test))]
 mod vm;
 #[cfg(not(test))]
 mod x86;
-
-/// The last exits of the boot CPU.
-static TRAIL: trail::Trail = trail::Trail::new();

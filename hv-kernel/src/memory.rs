@@ -14,7 +14,9 @@ use crate::frames::{FRAME, FrameAllocator, LARGE_FRAME};
 /// Where the loader maps all physical memory: asked for in [`crate::BOOTLOADER_CONFIG`].
 pub const DIRECT_MAP: u64 = 0xffff_8000_0000_0000;
 /// Heap for what lives as long as its VM or for ever. Nothing that a guest does allocates.
-const HEAP_BYTES: u64 = 2 * LARGE_FRAME;
+pub const HEAP_BYTES: u64 = HEAP_FRAMES as u64 * LARGE_FRAME;
+/// The same in large frames.
+const HEAP_FRAMES: usize = 4;
 /// Memory below this stays untouched: firmware data, and start-up code of other CPUs.
 const LOW_MEMORY: u64 = 1 << 20;
 
@@ -71,17 +73,31 @@ pub fn initialize(regions: &MemoryRegions) -> Result<(), TooLittleMemory> {
             if region_start.next_multiple_of(8) == start { start + bytes } else { region_start };
         frames.add(first, end);
     }
-    // Two neighbouring large frames make the heap: the allocator hands them out from the top.
-    let (Some(upper), Some(lower)) = (frames.allocate_large(), frames.allocate_large()) else {
-        return Err(TooLittleMemory { usable: total });
-    };
-    if upper.as_u64() - lower.as_u64() != LARGE_FRAME {
-        return Err(TooLittleMemory { usable: total });
+    // Neighbouring large frames make the heap: the allocator hands them out from the top.
+    let short = TooLittleMemory { usable: total };
+    let upper = frames.allocate_large().ok_or(short)?;
+    let mut lower = upper;
+    for _ in 1..HEAP_FRAMES {
+        lower = frames.allocate_large().ok_or(short)?;
+    }
+    if upper.as_u64() - lower.as_u64() != HEAP_BYTES - LARGE_FRAME {
+        return Err(short);
     }
     // SAFETY: the range is mapped, unused, and the heap's from now on.
     unsafe { HEAP.lock().init(to_virtual(lower), HEAP_BYTES as usize) };
     *FRAMES.lock() = Some(frames);
     Ok(())
+}
+
+/// A page below 1 MiB that nobody uses: where other CPUs start.
+pub fn low_page(regions: &MemoryRegions) -> Option<HostPhysAddr> {
+    let usable = regions.iter().filter(|region| region.kind == MemoryRegionKind::Usable);
+    let mut first = usable.map(|region| {
+        // Not the first page: the BIOS keeps its data there.
+        let start = region.start.max(FRAME).next_multiple_of(FRAME);
+        (start, region.end.min(LOW_MEMORY))
+    });
+    first.find(|(start, end)| start + FRAME <= *end).and_then(|(start, _)| HostPhysAddr::new(start))
 }
 
 fn with_frames<T>(action: impl FnOnce(&mut FrameAllocator<'static>) -> T) -> T {

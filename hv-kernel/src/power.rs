@@ -4,11 +4,11 @@ use spin::Once;
 use x86_64::instructions::hlt;
 use x86_64::instructions::port::Port;
 
-use crate::acpi::Acpi;
+use crate::acpi::Power;
 use crate::serial;
 
 /// What ACPI says; unset where there is none.
-static ACPI: Once<Acpi> = Once::new();
+static ACPI: Once<Power> = Once::new();
 
 /// The tables of Bochs' BIOS and of QEMU's SeaBIOS name this maker.
 const EMULATOR: [u8; 6] = *b"BOCHS ";
@@ -20,8 +20,8 @@ const SLP_EN: u16 = 1 << 13;
 const SCI_EN: u16 = 1 << 0;
 
 /// Remembers what ACPI says, for [`off`].
-pub fn initialize(acpi: Acpi) {
-    ACPI.call_once(|| acpi);
+pub fn initialize(power: Power) {
+    ACPI.call_once(|| power);
 }
 
 /// Sends what is left to send and switches the machine off; halts where nobody says how.

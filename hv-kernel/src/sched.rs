@@ -1,47 +1,75 @@
-//! Which vCPU runs: each VM's in turn, a time slice each.
+//! Which vCPU runs where: each CPU's own queue, by weighted virtual time.
+//!
+//! A CPU touches nobody's queue but its own. What others have for it, a vCPU to run or one of its
+//! parked ones to wake, they put into its inbox ([`crate::inbox`]) and kick it by NMI. A CPU without
+//! work says so in [`IDLE`]; one with more than it can run gives it some, and evens out with the
+//! others one by one. What it gives away it has cleared before: a VMCS is active on its owner only.
 //!
 //! A vCPU is loaded when its task is scheduled in and put when it is scheduled out, not at every
 //! entry. With nobody else waiting, it stays where it is.
 
 use alloc::boxed::Box;
-use alloc::collections::VecDeque;
-use core::fmt;
+use alloc::sync::{Arc, Weak};
+use alloc::vec::Vec;
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use sld::{MsrWrite, PreemptionDisabled, RealBit, Task, ThisCpu, Verdict, Written};
-use vmx::addr::GuestPhysAddr;
-use vmx::checks::Finding;
-use vmx::exit::BasicReason;
+use sld::{PreemptionDisabled, RealBit, Task, ThisCpu, Violation, Written};
+use spin::{Mutex, Once};
 use vmx::instruction::now;
-use vmx::run::{AcReport, End, Host, Stop};
-use vmx::vcpu::{Counters, HostState};
+use vmx::run::End;
+use vmx::vcpu::HostState;
 
-use crate::events::{Event, Object, Ring};
-use crate::guest_memory::GuestMemory;
-use crate::trail::Trail;
-use crate::vm::{Guest, SplitLocks, Vm};
+use crate::counters::Counters;
+use crate::deadlines::Deadlines;
+use crate::events::{self, Event, Ring};
+use crate::inbox::Message;
+use crate::percpu::{self, Core, PerCpu};
+use crate::runqueue::RunQueue;
+use crate::task::{Next, Thread, VcpuTask};
+use crate::vm::{MAX_VCPUS, Reason, Slot, Vm};
+use crate::x86::apic::{LocalApic, TIMER_VECTOR};
+use crate::x86::idle;
 use crate::x86::msr::TestCtrlMsr;
+
+/// CPUs that sleep or are about to.
+static IDLE: AtomicU64 = AtomicU64::new(0);
+/// VMs that are not over and done with.
+static VMS_LEFT: AtomicU32 = AtomicU32::new(0);
+/// All loads, where they are limited.
+static LOADS: AtomicU64 = AtomicU64::new(0);
+/// Invariants that did not hold.
+static VIOLATIONS: AtomicU64 = AtomicU64::new(0);
+/// All VMs: a load limit ends them.
+static VMS: Once<Vec<Weak<Vm>>> = Once::new();
+/// What the VMs that are done with have counted, and how many they were.
+static TOTALS: Mutex<(Counters, u64)> = Mutex::new((Counters::new(), 0));
+/// All VMs are done with: the CPUs leave [`Cpu::run`].
+static DONE: AtomicBool = AtomicBool::new(false);
+
+/// The weight that changes nothing.
+const USUAL_WEIGHT: u64 = 100;
 
 /// This CPU's split-lock detection.
 pub struct SldCpu {
     cpu: sld::Cpu,
-    core: sld::Core,
+    core: &'static Core,
     hardware: TestCtrlMsr,
 }
 
 /// The hypervisor runs with interrupts off and switches tasks only where this module says so:
-/// whoever holds the CPU's data is neither preempted nor migrated.
+/// whoever holds the CPU's data is neither preempted nor migrated. NMI handlers do not touch it.
 impl PreemptionDisabled for SldCpu {
     type Hardware = TestCtrlMsr;
 
     fn this_cpu(&mut self) -> ThisCpu<'_, TestCtrlMsr> {
-        ThisCpu { cpu: &mut self.cpu, core: &self.core, hardware: &mut self.hardware }
+        ThisCpu { cpu: &mut self.cpu, core: &self.core.sld, hardware: &mut self.hardware }
     }
 }
 
 impl SldCpu {
     /// A CPU that is not online.
-    pub const fn new() -> Self {
-        Self { cpu: sld::Cpu::new(), core: sld::Core::new(), hardware: TestCtrlMsr }
+    pub const fn new(core: &'static Core) -> Self {
+        Self { cpu: sld::Cpu::new(), core, hardware: TestCtrlMsr }
     }
 
     /// The mode that this CPU enforces.
@@ -50,334 +78,518 @@ impl SldCpu {
     }
 }
 
-/// What the scheduler keeps for one CPU.
+/// How a run is scheduled: what `hv.toml` says.
+#[derive(Debug, Clone, Copy)]
+pub struct Policy {
+    /// How long a vCPU runs before the next one's turn, in ticks of the TSC.
+    pub slice_ticks: u64,
+    /// After how many VM exits a vCPU moves on to the next CPU.
+    pub migrate_exits: Option<u64>,
+    /// After how many loads all VMs are ended.
+    pub stop_after_loads: Option<u64>,
+    /// Whether invariants are checked at each load, put and switch.
+    pub verify: bool,
+}
+
+/// What a CPU keeps to itself.
 pub struct Cpu {
-    /// Its index.
-    pub index: u32,
+    /// The part that others see.
+    pub shared: &'static PerCpu,
     /// Split-lock detection.
     pub sld: SldCpu,
-    /// Events that wait to be written.
-    pub events: Ring,
-    /// The last exits.
-    pub trail: &'static Trail,
     /// What VM exits load.
     pub host: HostState,
-    /// Warnings that may still be printed; events and counters have all of them.
-    pub warnings_left: u32,
-}
-
-/// A VM that waits for its turn.
-struct Waiting {
-    vm: Box<Vm>,
-    /// Not before this time, in the TSC.
-    until: u64,
-    /// When its guest executed HLT; `None` if it has only had its turn.
-    halted: Option<u64>,
-}
-
-/// Who is next, if not the first: one who is ready, or else, of those who only wait because they
-/// took too much, the one who has waited longest.
-fn next_ready(queue: &VecDeque<Waiting>, time: u64) -> Option<usize> {
-    let ready = queue.iter().position(|waiting| waiting.until <= time);
-    ready.or_else(|| {
-        let running = queue.iter().enumerate().filter(|(_, waiting)| waiting.halted.is_none());
-        running.min_by_key(|(_, waiting)| waiting.until).map(|(index, _)| index)
-    })
-}
-
-/// How a turn came to its end.
-enum Turn {
-    /// The slice is used up, and so many ticks more: output of what it caused takes its time.
-    Over(u64),
-    /// The guest waits for its timer until this time, in the TSC.
-    Halted(u64),
-    /// The VM is over.
-    Ended(Reason),
-}
-
-/// Why a VM is over.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Reason {
-    /// The guest loop has ended it.
-    End(End),
-    /// HLT, and nothing could ever wake it.
-    Halt,
-    /// Its `limit_ticks` are used up.
-    TimeLimit,
-}
-
-impl fmt::Display for Reason {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::End(end) => end.fmt(f),
-            Self::Halt => f.write_str("halt"),
-            Self::TimeLimit => f.write_str("time limit"),
-        }
-    }
-}
-
-/// How many warnings a run prints.
-pub const MAX_WARNINGS: u32 = 100;
-
-/// Counters of the VMs that have ended.
-#[derive(Default)]
-pub struct Totals {
-    /// VMs.
-    pub vms: u64,
-    /// VM exits.
-    pub exits: u64,
-    /// Split locks by verdict.
-    pub split_locks: SplitLocks,
+    apic: LocalApic,
+    policy: Policy,
+    /// Its idle task.
+    idle: Task,
+    /// Events that are of no vCPU.
+    ring: Ring,
+    /// Tasks that can run.
+    queue: RunQueue<Box<VcpuTask>>,
+    /// Tasks that cannot, by their numbers.
+    parked: Vec<Option<Box<VcpuTask>>>,
+    /// When those of them that have a timer are to be woken.
+    deadlines: Deadlines,
+    /// The virtual time of the task that ran last: nobody who wakes is far behind it.
+    floor: u64,
+    /// The next CPU to even out with.
+    neighbour: u32,
 }
 
 impl Cpu {
-    /// Records what an operation of `sld` did to the real bit.
-    #[inline(always)]
-    pub fn note(&mut self, vm: Option<&'static str>, written: Written) {
-        match written {
-            Ok(None) => {}
-            Ok(Some(real_bit)) => self.events.push(vm, Event::RealBit(real_bit)),
-            Err(fault) => log::error!("CPU {}: MSR 0x33: {fault}", self.index),
+    /// A CPU without tasks.
+    pub fn new(
+        shared: &'static PerCpu,
+        sld: SldCpu,
+        host: HostState,
+        apic: LocalApic,
+        policy: Policy,
+    ) -> Self {
+        Self {
+            shared,
+            sld,
+            host,
+            apic,
+            policy,
+            idle: Task::new(0),
+            ring: Ring::new(),
+            queue: RunQueue::new(MAX_VCPUS),
+            parked: (0..MAX_VCPUS).map(|_| None).collect(),
+            deadlines: Deadlines::new(MAX_VCPUS),
+            floor: 0,
+            neighbour: shared.index,
         }
     }
 
-    /// From now on this CPU runs `task`, that of `vm` or the idle one.
+    // ---- Tasks that come and go ----------------------------------------------------------------
+
+    /// Runs tasks until all VMs are done with.
+    pub fn run(&mut self) {
+        while !DONE.load(Ordering::Acquire) {
+            self.shared.kicked.store(false, Ordering::Relaxed);
+            self.receive();
+            self.wake_due();
+            match self.queue.pop() {
+                Some((vruntime, task)) => {
+                    self.floor = self.floor.max(vruntime);
+                    // Of those that have to wait for it.
+                    self.share();
+                    self.even_out();
+                    self.turn(task);
+                }
+                None => self.wait(),
+            }
+        }
+        self.switch_to(None);
+        self.ring.write_all();
+    }
+
+    /// Takes what other CPUs have sent.
     #[inline]
-    fn switch_to(&mut self, task: &Task, vm: Option<&'static str>) {
-        let written = sld::task_switch(&mut self.sld, task);
-        self.note(vm, written);
-    }
-
-    /// Runs all VMs to their ends.
-    pub fn run(&mut self, vms: impl Iterator<Item = Vm>, slice_ticks: u64) -> Totals {
-        let idle = Task::new(0);
-        let mut queue: VecDeque<_> =
-            vms.map(|vm| Waiting { vm: Box::new(vm), until: 0, halted: None }).collect();
-        let mut totals = Totals::default();
-        loop {
-            let time = now();
-            // As a rule the first one is ready.
-            if queue.front().is_some_and(|first| first.until > time) {
-                match next_ready(&queue, time) {
-                    Some(index) => queue.rotate_left(index),
-                    None => {
-                        // All are halted: their timers will wake them.
-                        self.switch_to(&idle, None);
-                        self.events.drain();
-                        core::hint::spin_loop();
-                        continue;
-                    }
+    pub fn receive(&mut self) {
+        while !self.shared.inbox.is_empty() {
+            match self.shared.inbox.pop() {
+                Some(Message::Take(task)) => self.enqueue(task),
+                Some(Message::Wake(id)) => {
+                    self.deadlines.remove(id);
+                    self.wake(id);
                 }
+                None => {}
             }
-            let Some(Waiting { mut vm, halted, .. }) = queue.pop_front() else { break };
-            if let Some(since) = halted {
-                vm.guest.charge(time.saturating_sub(since));
-            }
-            match self.turn(&mut vm, slice_ticks, queue.is_empty()) {
-                // Who took more than its slice lets the others have as much first.
-                Turn::Over(excess) => {
-                    let until = now().saturating_add(excess);
-                    queue.push_back(Waiting { vm, until, halted: None });
-                }
-                Turn::Halted(until) => {
-                    let halted = now();
-                    let until = until.min(halted.saturating_add(vm.guest.ticks_left));
-                    queue.push_back(Waiting { vm, until, halted: Some(halted) });
-                }
-                Turn::Ended(reason) => {
-                    self.switch_to(&idle, None);
-                    self.end(vm, reason, &mut totals);
-                }
-            }
-        }
-        totals
-    }
-
-    /// One turn of a VM: a slice, or as many as it likes if it is alone.
-    fn turn(&mut self, vm: &mut Vm, slice_ticks: u64, alone: bool) -> Turn {
-        self.switch_to(&vm.guest.task, Some(vm.guest.name));
-        // SAFETY: interrupts are off, this is the only CPU, `turn` puts the vCPU before it
-        // returns, and `host` describes this CPU.
-        let mut loaded = match unsafe { vm.vcpu.load(&self.host) } {
-            Ok(loaded) => loaded,
-            Err(fail) => return Turn::Ended(Reason::End(End::EntryFailed(fail))),
-        };
-        let loads = loaded.load_sld(&mut self.sld, &mut vm.guest.task);
-        let mut running = Running { cpu: self, guest: &mut vm.guest };
-        running.note(loads);
-        // How much longer than a slice it took.
-        let mut excess = 0;
-        // A faulting MSR 0x33 would leave the guest with a detection that it did not ask for.
-        let mut stop = Stop::End(End::PlatformFault);
-        while loads.is_ok() {
-            let start = now();
-            let slice = slice_ticks.min(running.guest.ticks_left);
-            stop = loaded.run(&mut running, slice);
-            running.cpu.events.drain();
-            let used = now().wrapping_sub(start);
-            excess = used.saturating_sub(slice_ticks);
-            running.guest.charge(used);
-            if stop != Stop::Slice || !alone || running.guest.ticks_left == 0 {
-                break;
-            }
-        }
-        let Running { cpu, guest } = running;
-        let puts = loaded.put_sld(&mut cpu.sld, &mut guest.task);
-        loaded.put();
-        Running { cpu, guest }.note(puts);
-        match stop {
-            Stop::Slice | Stop::Halt(Some(_)) if vm.guest.ticks_left == 0 => {
-                Turn::Ended(Reason::TimeLimit)
-            }
-            Stop::Slice | Stop::Halt(_) if puts.is_err() => {
-                Turn::Ended(Reason::End(End::PlatformFault))
-            }
-            Stop::Slice => Turn::Over(excess),
-            Stop::Halt(Some(until)) => Turn::Halted(until),
-            Stop::Halt(None) => Turn::Ended(Reason::Halt),
-            Stop::End(end) => Turn::Ended(Reason::End(end)),
         }
     }
 
-    fn end(&mut self, mut vm: Box<Vm>, reason: Reason, totals: &mut Totals) {
-        vm.guest.devices.flush();
-        let Guest { name, split_locks, real_bit_writes, .. } = vm.guest;
-        match reason {
-            Reason::End(End::Exit(status)) => {
-                log::info!("VM {name} ended itself with status {status}")
-            }
-            Reason::End(End::SplitLock) => log::error!(
-                "VM {name} is stopped: split lock, and the policy is fatal. The others go on"
-            ),
-            Reason::End(End::BogusAc) => log::error!(
-                "VM {name} is stopped: #AC although split-lock detection is off. The CPU or the \
-                 firmware misbehaves"
-            ),
-            other => log::warn!("VM {name} has ended: {other}"),
-        }
-        let counters = &vm.vcpu.counters;
-        let status = if let Reason::End(End::Exit(status)) = reason { Some(status) } else { None };
-        self.events.write("vm-end", |json| {
-            json.text("vm", name)?;
-            json.text("reason", reason)?;
-            if let Some(status) = status {
-                json.number("status", status)?;
-            }
-            json.object("counters", |json| {
-                json.object("exits", |json| write_exits(json, counters))?;
-                json.object("split_locks", |json| split_locks.write(json))?;
-                json.number("real_bit_writes", real_bit_writes)
-            })
-        });
-        totals.vms += 1;
-        totals.exits += counters.exits().map(|row| row.1).sum::<u64>();
-        totals.split_locks.add(&split_locks);
-        // SAFETY: `turn` has put the vCPU, on this CPU.
-        unsafe { vm.destroy() };
+    fn enqueue(&mut self, task: Box<VcpuTask>) {
+        self.queue.push(task.thread.vruntime, task.is_movable(), task);
     }
-}
 
-fn write_exits(json: &mut Object<'_>, counters: &Counters) -> fmt::Result {
-    counters.exits().try_for_each(|(reason, count)| match reason.name() {
-        Some(name) => json.number(name, count),
-        None => json.number("other", count),
-    })
-}
+    /// A parked task can run again. Who slept long does not catch up on that: its virtual time is
+    /// one slice behind the others' at most.
+    fn wake(&mut self, id: u16) {
+        let Some(mut task) = self.parked[usize::from(id)].take() else { return };
+        task.thread.woken(now());
+        task.thread.next = Next::Run;
+        let least = self.floor.saturating_sub(self.policy.slice_ticks);
+        task.thread.vruntime = task.thread.vruntime.max(least);
+        self.enqueue(task);
+    }
 
-/// A guest on a CPU: the `vmx` crate's view of the hypervisor.
-struct Running<'a> {
-    cpu: &'a mut Cpu,
-    guest: &'a mut Guest,
-}
+    /// How long until the first timer of those that are parked here is due, in ticks of the TSC.
+    pub fn ticks_to_deadline(&self, now: u64) -> u64 {
+        self.deadlines.first().map_or(u64::MAX, |(deadline, _)| deadline.saturating_sub(now))
+    }
 
-impl Running<'_> {
-    /// Tells people of a task's first split lock. All of them are counted, told or not.
+    /// Wakes those whose timers are due.
+    pub fn wake_due(&mut self) {
+        while let Some(id) = self.deadlines.pop_due(now()) {
+            let Some(task) = &self.parked[usize::from(id)] else { continue };
+            let slot = &task.thread.vm.vcpus[task.thread.index as usize];
+            // If somebody else has woken it, the message is on its way.
+            if slot.whereabouts.unpark(self.shared.index) {
+                self.wake(id);
+            }
+        }
+    }
+
+    /// Whether nobody else waits for this CPU.
+    pub fn is_idle_otherwise(&self) -> bool {
+        self.queue.len() == 0
+    }
+
+    /// Whether a task that waits here comes before the one that runs.
+    #[inline]
+    pub fn is_wanted_before(&self, thread: &Thread) -> bool {
+        self.queue.peek().is_some_and(|vruntime| vruntime < thread.vruntime)
+    }
+
+    /// Gives a task to another CPU, which is kicked if it sleeps.
+    fn give(&mut self, mut task: Box<VcpuTask>, target: &'static PerCpu) {
+        // SAFETY: this CPU owns the task, which is put: it comes out of the queue.
+        if !unsafe { task.clear() } {
+            // Its VM is over: it stays, to be retired here.
+            self.enqueue(task);
+            return;
+        }
+        if self.policy.migrate_exits.is_some() {
+            task.thread.exits_on_arrival = task.exits();
+        }
+        target.inbox.push(Message::Take(task));
+        if IDLE.fetch_and(!target.bit(), Ordering::SeqCst) & target.bit() != 0 {
+            target.kick(self.apic);
+        }
+    }
+
+    /// Gives a waiting task to a CPU that has none, if there is one of each. The one that runs next
+    /// is not in the queue any more.
+    #[inline]
+    pub fn share(&mut self) {
+        let idle = IDLE.load(Ordering::Relaxed);
+        if idle != 0 {
+            self.share_with(idle & !self.shared.bit());
+        }
+    }
+
     #[cold]
-    fn warn(&mut self, report: &AcReport) {
-        let Some(left) = self.cpu.warnings_left.checked_sub(1) else { return };
-        self.cpu.warnings_left = left;
-        log::warn!(
-            "VM {}, vCPU 0: split lock at RIP {:#x}, CPL {}, on CPU {}: detection is off for this \
-             task from now on",
-            self.guest.name,
-            report.rip,
-            report.context.cpl,
-            self.cpu.index
-        );
+    fn share_with(&mut self, idle: u64) {
+        let mut target = None;
+        let given = self.queue.pop_movable(|task| {
+            target = percpu::next(task.thread.vm.placement.cpus & idle, self.shared.index);
+            target.is_some()
+        });
+        if let Some(((_, task), target)) = given.zip(target) {
+            self.give(task, target);
+        }
     }
 
-    fn note(&mut self, written: Written) {
-        if let Ok(Some(_)) = written {
-            self.guest.real_bit_writes += 1;
+    /// Evens out with one other CPU: whoever waits here and is further behind than what runs there
+    /// goes there. Over time nobody is favoured for being where few are.
+    fn even_out(&mut self) {
+        let Some((vruntime, task)) = self.queue.peek_movable() else { return };
+        let others = percpu::online() & task.thread.vm.placement.cpus & !self.shared.bit();
+        let Some(target) = percpu::next(others, self.neighbour) else { return };
+        self.neighbour = target.index;
+        let behind = vruntime.saturating_add(self.policy.slice_ticks);
+        if target.front.load(Ordering::Relaxed) > behind
+            && let Some((_, task)) = self.queue.pop_movable(|_| true)
+        {
+            self.give(task, target);
         }
-        self.cpu.note(Some(self.guest.name), written);
+    }
+
+    // ---- Turns ---------------------------------------------------------------------------------
+
+    /// The running task has used `ticks` more; others may know.
+    pub fn publish(&mut self, thread: &mut Thread, ticks: u64) {
+        thread.counters.ticks += ticks;
+        thread.vruntime += ticks * USUAL_WEIGHT / u64::from(thread.vm.placement.weight);
+        self.shared.front.store(thread.vruntime, Ordering::Relaxed);
+    }
+
+    /// One turn of a task, and where it goes after that.
+    fn turn(&mut self, mut task: Box<VcpuTask>) {
+        let mut start = now();
+        self.shared.front.store(task.thread.vruntime, Ordering::Relaxed);
+        // Its output is written in its own time.
+        let written = task.thread.write_output(self.policy.slice_ticks / 2);
+        if task.thread.vm.is_over() {
+            task.thread.next = Next::Retire;
+        }
+        let mailbox_empty = {
+            let thread = &task.thread;
+            thread.vm.vcpus[thread.index as usize].mailbox.is_empty()
+        };
+        match task.thread.next {
+            Next::Retire if written => return self.retire(task),
+            // What waits for a vCPU that sleeps wakes it.
+            Next::Sleep(until) if mailbox_empty && until.is_none_or(|until| until > now()) => {
+                if written {
+                    return self.park(task, until, until.is_none());
+                }
+            }
+            Next::Wait if written => return self.park(task, None, false),
+            Next::Retire | Next::Wait => {}
+            Next::Run | Next::Sleep(_) => {
+                task.thread.woken(now());
+                task.thread.next = Next::Run;
+                if !task.thread.must_write() {
+                    self.count_load();
+                    let before = task.thread.counters.ticks;
+                    self.run_guest(&mut task, self.policy.slice_ticks);
+                    // What `publish` has counted meanwhile.
+                    start += task.thread.counters.ticks - before;
+                }
+            }
+        }
+        self.publish(&mut task.thread, now().saturating_sub(start));
+        self.requeue(task);
+    }
+
+    /// A task that has had its turn waits for the next one, here or elsewhere.
+    fn requeue(&mut self, task: Box<VcpuTask>) {
+        if let Some(limit) = self.policy.migrate_exits
+            && task.exits() - task.thread.exits_on_arrival >= limit
+        {
+            let others = percpu::online() & task.thread.vm.placement.cpus & !self.shared.bit();
+            if let Some(target) = percpu::next(others, self.shared.index) {
+                return self.give(task, target);
+            }
+        }
+        self.enqueue(task);
+    }
+
+    /// A task sleeps until it is woken: by a message, or at `until`.
+    fn park(&mut self, mut task: Box<VcpuTask>, until: Option<u64>, forever: bool) {
+        let Thread { id, index, .. } = task.thread;
+        let vm = task.thread.vm.clone();
+        if !vm.park(index, self.shared.index, forever) {
+            task.thread.next = Next::Run;
+            return self.enqueue(task);
+        }
+        self.parked[usize::from(id)] = Some(task);
+        if let Some(until) = until {
+            self.deadlines.set(id, until);
+        }
+        if vm.is_over() {
+            self.tell_end(&vm);
+        }
+    }
+
+    /// Nothing to do: sleeps until kicked, or until the next timer is due.
+    fn wait(&mut self) {
+        self.switch_to(None);
+        self.shared.front.store(u64::MAX, Ordering::Relaxed);
+        // Nobody waits for this CPU.
+        if self.ring.write_one() {
+            return;
+        }
+        IDLE.fetch_or(self.shared.bit(), Ordering::SeqCst);
+        // Who has sent something since looks at `IDLE` after it, and kicks.
+        let deadline = self.deadlines.first().map(|(deadline, _)| deadline);
+        let sleeps = self.shared.inbox.is_empty()
+            && !DONE.load(Ordering::SeqCst)
+            && self.ring.is_empty()
+            && self.apic.set_deadline(deadline) | deadline.is_none();
+        if sleeps {
+            // SAFETY: at CPL 0 with interrupts off; the IDT has handlers for the timer and NMIs.
+            unsafe { idle::wait(&raw const self.shared.kicked) };
+            if deadline.is_some() {
+                self.apic.set_deadline(None);
+            }
+        } else {
+            core::hint::spin_loop();
+        }
+        IDLE.fetch_and(!self.shared.bit(), Ordering::SeqCst);
+    }
+
+    /// From now on this CPU runs this task, or its idle one.
+    pub fn switch_to(&mut self, thread: Option<&mut Thread>) {
+        match thread {
+            Some(thread) => {
+                let written = sld::task_switch(&mut self.sld, &thread.sld);
+                if self.report(written).is_some_and(|real_bit| {
+                    thread.push(Event::RealBit(real_bit));
+                    true
+                }) {
+                    thread.counters.real_bit_writes += 1;
+                }
+                self.verify("switch", Some(thread));
+            }
+            None => {
+                let written = sld::task_switch(&mut self.sld, &self.idle);
+                self.note(written);
+                self.verify("switch", None);
+            }
+        }
+    }
+
+    fn report(&self, written: Written) -> Option<RealBit> {
+        written.unwrap_or_else(|fault| {
+            log::error!("CPU {}: MSR 0x33: {fault}", self.shared.index);
+            None
+        })
+    }
+
+    /// Records what an operation of `sld` that is on nobody's account did to the real bit.
+    pub fn note(&mut self, written: Written) {
+        if let Some(real_bit) = self.report(written) {
+            self.ring.push(percpu::stamp(), None, Event::RealBit(real_bit));
+        }
+    }
+
+    /// Writes the CPU's own events out.
+    pub fn write_events(&mut self) {
+        self.ring.write_all();
+    }
+
+    /// Checks split-lock detection's invariants, if that is wished. `None` is the idle task.
+    #[inline]
+    pub fn verify(&mut self, when: &str, thread: Option<&Thread>) {
+        if self.policy.verify {
+            let task = thread.map_or(&self.idle, |thread| &thread.sld);
+            if let Err(violation) = sld::verify(&mut self.sld, task) {
+                self.violated(when, violation);
+            }
+        }
+    }
+
+    #[cold]
+    fn violated(&mut self, when: &str, violation: Violation) {
+        VIOLATIONS.fetch_add(1, Ordering::Relaxed);
+        let cpu = self.shared.index;
+        log::error!("invariant violated: CPU {cpu}, {when}: {violation}");
+        events::write(percpu::stamp(), "violation", |json| {
+            json.text("what", format_args!("{when}: {violation}"))
+        });
+    }
+
+    // ---- Others --------------------------------------------------------------------------------
+
+    /// Something was posted to the vCPU: it is kicked out of the guest, or woken.
+    pub fn deliver(&self, vm: &Vm, slot: &Slot) {
+        let Some((cpu, wake)) = vm.notify(slot) else { return };
+        let Some(target) = percpu::get(cpu) else { return };
+        if let Some(id) = wake {
+            target.inbox.push(Message::Wake(id));
+        }
+        if cpu == self.shared.index {
+            // The guest loop looks at this before it enters the guest.
+            self.shared.kicked.store(true, Ordering::Relaxed);
+        } else {
+            target.kick(self.apic);
+        }
+    }
+
+    /// Kicks the core's threads that are named.
+    pub fn kick_siblings(&self, threads: u16) {
+        let core = self.shared.core.id;
+        percpu::all(percpu::online())
+            .filter(|cpu| cpu.core.id == core && threads & 1 << cpu.thread != 0)
+            .for_each(|cpu| cpu.kick(self.apic));
+    }
+
+    /// This thread of the core is about to run a guest: once no sibling steps.
+    pub fn enter_core(&self) {
+        while !self.shared.core.gate.enter(self.shared.thread) {
+            core::hint::spin_loop();
+        }
+    }
+
+    /// This thread of the core runs no guest.
+    pub fn leave_core(&self) {
+        self.shared.core.gate.leave(self.shared.thread);
+    }
+
+    /// An interrupt came while a guest ran.
+    pub fn interrupt(&self, vector: u8) {
+        if vector == TIMER_VECTOR {
+            // It was armed for a sleep that has ended.
+            self.apic.end_of_interrupt();
+        } else {
+            log::warn!(
+                "interrupt {vector} on CPU {}: no device is set up for any",
+                self.shared.index
+            );
+        }
+    }
+
+    /// A VM is over: its vCPUs are to know.
+    pub fn end_vm(&self, vm: &Vm, reason: Reason) {
+        vm.end(reason);
+        self.tell_end(vm);
+    }
+
+    fn tell_end(&self, vm: &Vm) {
+        for slot in &vm.vcpus {
+            slot.mailbox.post_end();
+            self.deliver(vm, slot);
+        }
+    }
+
+    /// Counts a load where loads are limited.
+    fn count_load(&self) {
+        let Some(limit) = self.policy.stop_after_loads else { return };
+        if LOADS.fetch_add(1, Ordering::Relaxed) == limit {
+            let vms = VMS.get().into_iter().flatten();
+            vms.filter_map(Weak::upgrade).for_each(|vm| self.end_vm(&vm, Reason::LoadLimit));
+        }
+    }
+
+    /// A vCPU of a VM that is over: what it has counted is told, and it is no more.
+    fn retire(&mut self, mut task: Box<VcpuTask>) {
+        // SAFETY: this CPU owns the task, which is put.
+        unsafe { task.clear() };
+        let counters = task.counters();
+        let vm = task.thread.vm.clone();
+        vm.vcpus[task.thread.index as usize].whereabouts.set_gone();
+        let (name, index) = task.thread.subject();
+        events::write(percpu::stamp(), "vcpu-end", |json| {
+            json.text("vm", name)?;
+            json.number("vcpu", index)?;
+            counters.write(json)
+        });
+        drop(task);
+        if let Some(sum) = vm.retire(&counters) {
+            vm_ended(&vm, &sum);
+            drop(vm);
+            if VMS_LEFT.fetch_sub(1, Ordering::AcqRel) == 1 {
+                self.finish();
+            }
+        }
+    }
+
+    /// All VMs are done with.
+    fn finish(&self) {
+        DONE.store(true, Ordering::SeqCst);
+        percpu::all(percpu::online() & !self.shared.bit()).for_each(|cpu| cpu.kick(self.apic));
     }
 }
 
-impl Host for Running<'_> {
-    type Pinned = SldCpu;
-    type Memory = GuestMemory;
-
-    fn sld(&mut self) -> (&mut SldCpu, &mut Task) {
-        (&mut self.cpu.sld, &mut self.guest.task)
-    }
-
-    fn memory(&self) -> &GuestMemory {
-        &self.guest.memory
-    }
-
-    fn port_read(&mut self, port: u16, size: u8) -> u32 {
-        self.guest.devices.port_read(port, size)
-    }
-
-    fn port_write(&mut self, port: u16, size: u8, value: u32) -> Option<u32> {
-        self.guest.devices.port_write(port, size, value)
-    }
-
-    fn map_hole(&mut self, gpa: GuestPhysAddr) -> bool {
-        self.guest.map_hole(gpa)
-    }
-
-    fn unmap_holes(&mut self) {
-        self.guest.unmap_holes();
-    }
-
-    #[inline(always)]
-    fn on_ac(&mut self, report: &AcReport) {
-        self.guest.count(report.verdict);
-        self.cpu.events.push(Some(self.guest.name), Event::Ac(*report));
-        if let Verdict::Warn { first: true, .. } = report.verdict {
-            self.warn(report);
+/// Says how a VM has ended, and prints the end of its last line.
+fn vm_ended(vm: &Vm, counters: &Counters) {
+    let name = vm.name;
+    let reason = vm.reason().unwrap_or(Reason::Halt);
+    {
+        let mut devices = vm.devices.lock();
+        devices.end_line();
+        while let Some(line) = devices.next_line() {
+            let text = core::str::from_utf8(&line).unwrap_or("");
+            crate::serial::LOG.with(|port| write!(port, "[{name}] {text}\r\n"));
         }
     }
-
-    #[inline(always)]
-    fn on_test_ctrl_write(&mut self, value: u64, result: MsrWrite) {
-        self.cpu.events.push(Some(self.guest.name), Event::TestCtrlWrite { value, result });
+    match reason {
+        Reason::End(End::Exit(status)) => log::info!("VM {name} ended itself with status {status}"),
+        Reason::End(End::SplitLock) => log::error!(
+            "VM {name} is stopped: split lock, and the policy is fatal. The others go on"
+        ),
+        Reason::End(End::BogusAc) => log::error!(
+            "VM {name} is stopped: #AC although split-lock detection is off. The CPU or the \
+             firmware misbehaves"
+        ),
+        other => log::warn!("VM {name} has ended: {other}"),
     }
+    events::write(percpu::stamp(), "vm-end", |json| {
+        json.text("vm", name)?;
+        json.text("reason", reason)?;
+        if let Reason::End(End::Exit(status)) = reason {
+            json.number("status", status)?;
+        }
+        counters.write(json)
+    });
+    let mut totals = TOTALS.lock();
+    totals.0.add(counters);
+    totals.1 += 1;
+}
 
-    fn on_real_bit(&mut self, written: RealBit) {
-        self.note(Ok(Some(written)));
-    }
+/// Says which VMs there are, before any CPU runs one.
+pub fn set_vms(vms: &[Arc<Vm>]) {
+    VMS_LEFT.store(vms.len() as u32, Ordering::Release);
+    VMS.call_once(|| vms.iter().map(Arc::downgrade).collect());
+    DONE.store(vms.is_empty(), Ordering::Release);
+}
 
-    #[inline(always)]
-    fn on_exit(&mut self, reason: BasicReason, rip: u64) {
-        self.cpu.trail.push(reason, rip);
-    }
-
-    fn on_invalid_state(&mut self, finding: &Finding<'_>) {
-        log::error!("VM {}: VM entry refused its state: {finding}", self.guest.name);
-    }
-
-    fn nmi(&mut self) {
-        log::warn!("NMI on CPU {} while VM {} ran", self.cpu.index, self.guest.name);
-    }
-
-    fn interrupt(&mut self, vector: u8) {
-        log::warn!("interrupt {vector} on CPU {}: no device is set up for any", self.cpu.index);
-    }
-
-    fn machine_check(&mut self) {
-        panic!("machine check on CPU {} while VM {} ran", self.cpu.index, self.guest.name);
-    }
+/// What the VMs have counted, how many they were, and how many invariants did not hold.
+pub fn totals() -> (Counters, u64, u64) {
+    let totals = TOTALS.lock();
+    (totals.0.clone(), totals.1, VIOLATIONS.load(Ordering::Relaxed))
 }

@@ -41,6 +41,14 @@ impl Port {
         };
     }
 
+    /// The same if nobody else has it; `None` if somebody has.
+    pub fn try_with<R>(&self, write: impl FnOnce(&mut dyn fmt::Write) -> R) -> Option<R> {
+        Some(match self.uart.try_lock()?.as_mut() {
+            Some(uart) => write(&mut Writer(uart)),
+            None => write(&mut Nowhere),
+        })
+    }
+
     /// Waits until the last byte is on the wire: before the power goes off.
     pub fn flush(&self) {
         if let Some(uart) = self.uart.lock().as_mut() {
@@ -58,6 +66,15 @@ impl Port {
     pub unsafe fn break_lock(&self) {
         // SAFETY: the caller's obligation.
         unsafe { self.uart.force_unlock() };
+    }
+}
+
+/// Where there is no port.
+struct Nowhere;
+
+impl fmt::Write for Nowhere {
+    fn write_str(&mut self, _: &str) -> fmt::Result {
+        Ok(())
     }
 }
 

@@ -1,31 +1,43 @@
-//! A virtual machine: memory, devices, its vCPU, and what is counted of it.
+//! A virtual machine: what its vCPUs share.
 
 use alloc::boxed::Box;
 use alloc::string::{String, ToString};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
 use core::fmt;
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use arrayvec::ArrayVec;
 use raw_cpuid::CpuIdReaderNative;
-use sld::{PolicyError, Task, Verdict, VmPolicy};
+use sld::{PolicyError, VmPolicy};
+use spin::{Mutex, Once};
 use vmx::addr::{GuestPhysAddr, HostPhysAddr};
 use vmx::bitmap::{IO_ALL_EXIT, MsrBitmap};
 use vmx::capability::Capabilities;
 use vmx::controls::Secondary;
 use vmx::cpuid::{CpuidTable, Offer};
-use vmx::ept::{Ept, MapError, MemoryType, PageSize, Permissions};
+use vmx::ept::{Ept, MapError, MemoryType, PageSize, Permissions, TableMemory};
+use vmx::mailbox::Mailbox;
 use vmx::msr_policy;
+use vmx::run::End;
 use vmx::setup::Pointers;
-use vmx::vcpu::{Vcpu, VcpuConfig};
+use vmx::vcpu::{Origin, Vcpu, VcpuConfig};
 use vmx::world::register;
 
-use crate::config::VmConfig;
+use crate::config::{Placement, PlacementError, VmConfig};
+use crate::counters::Counters;
 use crate::devices::Devices;
-use crate::events::Object;
+use crate::events::Ring;
 use crate::frames::FRAME;
+use crate::gate::Gate;
 use crate::guest_memory::GuestMemory;
 use crate::memory::{self, Tables};
+use crate::percpu;
 use crate::pvh::{self, ImageError};
 use crate::ramdisk::Ramdisk;
+use crate::task::VcpuTask;
+use crate::wake::{Notify, Whereabouts};
+use crate::x86::apic::LocalApic;
 use crate::x86::cpu::vmcs_region;
 
 /// Bitmaps that all VMs share, since all have the same policy.
@@ -48,6 +60,14 @@ impl Bitmaps {
     }
 }
 
+/// The most vCPUs that all VMs together have.
+pub const MAX_VCPUS: usize = 192;
+// What is allocated for them leaves the heap half empty.
+const _: () = assert!(
+    MAX_VCPUS * (size_of::<Vcpu>() + size_of::<VcpuTask>() + Ring::BYTES)
+        <= memory::HEAP_BYTES as usize / 2
+);
+
 /// Why a VM cannot be started. The others run.
 #[derive(Debug)]
 pub enum StartError {
@@ -55,6 +75,10 @@ pub enum StartError {
     NoImage(String),
     /// The image is of no use.
     Image(ImageError),
+    /// Its vCPUs cannot be as many, as important or where they are to be.
+    Placement(PlacementError),
+    /// Too many vCPUs of other VMs.
+    TooManyVcpus,
     /// The policy does not go with the host's mode.
     Policy(PolicyError),
     /// Memory is short.
@@ -73,6 +97,10 @@ impl fmt::Display for StartError {
                 write!(f, "the ramdisk has no file `{path}`: add it, or correct `image`")
             }
             Self::Image(error) => error.fmt(f),
+            Self::Placement(error) => error.fmt(f),
+            Self::TooManyVcpus => {
+                write!(f, "all VMs together have {MAX_VCPUS} vCPUs at most; run fewer")
+            }
             Self::Policy(error) => error.fmt(f),
             Self::OutOfMemory { wanted, free } => write!(
                 f,
@@ -85,118 +113,233 @@ impl fmt::Display for StartError {
     }
 }
 
-/// Split locks of one VM, by what was done.
-#[derive(Debug, Default, Clone, Copy)]
-pub struct SplitLocks {
-    /// #AC delivered to the guest: its own.
-    pub inject: u64,
-    /// Let pass.
-    pub warn: u64,
-    /// VM stopped.
-    pub kill: u64,
+/// Why a VM is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Reason {
+    /// The guest loop of one of its vCPUs has ended it.
+    End(End),
+    /// All its vCPUs have executed HLT or wait for SIPI, and nothing could ever wake them.
+    Halt,
+    /// The `limit_ticks` of a vCPU are used up.
+    TimeLimit,
+    /// The `stop_after_loads` of the run are reached.
+    LoadLimit,
 }
 
-impl SplitLocks {
-    /// Adds another VM's.
-    pub fn add(&mut self, other: &Self) {
-        self.inject += other.inject;
-        self.warn += other.warn;
-        self.kill += other.kill;
-    }
-
-    /// Writes them as fields of an event.
-    pub fn write(&self, json: &mut Object<'_>) -> fmt::Result {
-        json.number("inject", self.inject)?;
-        json.number("warn", self.warn)?;
-        json.number("kill", self.kill)
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::End(end) => end.fmt(f),
+            Self::Halt => f.write_str("halt"),
+            Self::TimeLimit => f.write_str("time limit"),
+            Self::LoadLimit => f.write_str("load limit"),
+        }
     }
 }
 
 /// Guest-physical pages without memory that stand in for one instruction. A gather touches 16, and
 /// 4 levels of page tables may lie there as well.
 const MAX_HOLES: usize = 32;
+/// Frames for the tables that these need: three for a page by itself.
+const HOLE_TABLES: usize = 48;
 
-/// What surrounds a VM's vCPU.
+/// How long the gate stays open after it was closed to somebody, in ticks of the TSC: a vCPU that
+/// does nothing but reach for memory that is not there must not keep the others from running.
+const QUIET_TICKS: u64 = 20_000;
+
+/// Where a VM's memory appears, apart from the memory itself.
 #[derive(Debug)]
-pub struct Guest {
-    /// The VM's name.
+struct Space {
+    ept: Ept,
+    holes: ArrayVec<GuestPhysAddr, MAX_HOLES>,
+    /// Set aside when the VM is made: what a guest does takes nothing from others.
+    spare: Spare,
+}
+
+/// Frames for tables.
+#[derive(Debug)]
+struct Spare(ArrayVec<HostPhysAddr, HOLE_TABLES>);
+
+impl TableMemory for Spare {
+    fn allocate(&mut self) -> Option<HostPhysAddr> {
+        let frame = self.0.pop()?;
+        // SAFETY: a whole frame of our own.
+        unsafe { memory::to_virtual::<u8>(frame).write_bytes(0, FRAME as usize) };
+        Some(frame)
+    }
+
+    fn free(&mut self, table: HostPhysAddr) {
+        // `unmap` gives back what `map` has taken from here.
+        self.0.push(table);
+    }
+
+    fn read(&self, table: HostPhysAddr, index: usize) -> u64 {
+        Tables.read(table, index)
+    }
+
+    fn write(&mut self, table: HostPhysAddr, index: usize, entry: u64) {
+        Tables.write(table, index, entry);
+    }
+}
+
+/// What others use of a vCPU.
+pub struct Slot {
+    /// What is posted to it.
+    pub mailbox: Mailbox,
+    /// Where it is.
+    pub whereabouts: Whereabouts,
+    /// It is parked, and no timer will wake it: it does not count as awake.
+    asleep: AtomicBool,
+    /// Its number among all vCPUs.
+    id: u16,
+}
+
+/// A virtual machine. It ends when all its vCPUs have been retired and nobody refers to it.
+pub struct Vm {
+    /// Its name.
     pub name: &'static str,
     /// What it gets of split-lock detection.
     pub policy: VmPolicy,
-    /// The task that its vCPU runs on.
-    pub task: Task,
+    /// How many vCPUs, how important, and on which CPUs.
+    pub placement: Placement,
     /// Its memory.
     pub memory: GuestMemory,
     /// Its devices.
-    pub devices: Devices,
-    /// What was decided.
-    pub split_locks: SplitLocks,
-    /// How long it may still run, in ticks of the TSC.
-    pub ticks_left: u64,
-    /// How often the real bit was written on its account.
-    pub real_bit_writes: u64,
-    /// Always there until the VM is dropped.
-    ept: Option<Ept>,
-    holes: ArrayVec<GuestPhysAddr, MAX_HOLES>,
+    pub devices: Mutex<Devices>,
+    /// Holds vCPUs out of the guest. Members are vCPUs.
+    pub gate: Gate,
+    /// Its vCPUs, as others see them.
+    pub vcpus: Vec<Slot>,
+    /// Why it is over, once it is.
+    over: Once<Reason>,
+    /// vCPUs that are not retired.
+    left: AtomicU32,
+    /// vCPUs that could do something without another one's help.
+    awake: AtomicU32,
+    /// CPUs that may know translations of its memory.
+    used_by: AtomicU64,
+    /// Until then (TSC) nobody closes the gate again.
+    quiet_until: AtomicU64,
+    /// What its retired vCPUs have counted.
+    counters: Mutex<Counters>,
+    space: Mutex<Option<Space>>,
     /// What stands in for memory that is not there: all ones, whatever is written.
     stand_in: HostPhysAddr,
 }
 
-impl Guest {
-    fn ept(&mut self) -> &mut Ept {
-        self.ept.as_mut().expect("the tables are there until the VM is dropped")
-    }
-
+impl Vm {
     /// Lets the stand-in page appear at `gpa` for one instruction, so that reads are all ones and
-    /// writes go nowhere. False when there is no memory for tables, or the instruction touches
-    /// more pages than any does.
-    pub fn map_hole(&mut self, gpa: GuestPhysAddr) -> bool {
+    /// writes go nowhere. The caller holds the gate. False when there are no frames for tables, or
+    /// the instruction touches more pages than any does.
+    pub fn map_hole(&self, gpa: GuestPhysAddr) -> bool {
         let page = GuestPhysAddr::new_truncate(gpa.as_u64() & !(FRAME - 1));
-        let stand_in = self.stand_in;
+        let mut space = self.space.lock();
+        let Some(Space { ept, holes, spare }) = space.as_mut() else { return false };
         let rwx = Permissions::all();
-        !self.holes.is_full()
-            && self
-                .ept()
-                .map(&mut Tables, page, stand_in, PageSize::Size4K, rwx, MemoryType::WriteBack)
-                .is_ok()
-            && self.holes.try_push(page).is_ok()
+        let kind = MemoryType::WriteBack;
+        !holes.is_full()
+            && ept.map(spare, page, self.stand_in, PageSize::Size4K, rwx, kind).is_ok()
+            && holes.try_push(page).is_ok()
     }
 
-    /// The instruction is over: nothing stands at its addresses any more.
-    pub fn unmap_holes(&mut self) {
-        while let Some(page) = self.holes.pop() {
-            let stale = self.ept().unmap(&mut Tables, page);
-            // SAFETY: an exit of this VM is being handled on the only CPU that runs it.
-            unsafe { stale.invalidate() }.expect("INVEPT single-context is a required capability");
+    /// The instruction is over: nothing stands at its addresses any more. The caller still holds
+    /// the gate, so no other CPU has ever known these translations.
+    pub fn unmap_holes(&self) {
+        if let Some(Space { ept, holes, spare }) = self.space.lock().as_mut() {
+            while let Some(page) = holes.pop() {
+                let stale = ept.unmap(spare, page);
+                // SAFETY: an exit of this VM is being handled, in VMX root operation; the other
+                // vCPUs were held out of the guest meanwhile.
+                let dropped = unsafe { stale.invalidate() };
+                dropped.expect("INVEPT single-context is a required capability");
+            }
         }
         fill_stand_in(self.stand_in);
     }
 
-    /// It has run, or waited for its timer, for so many ticks.
-    pub fn charge(&mut self, ticks: u64) {
-        // Without a limit there is nothing to count down.
-        if self.ticks_left != u64::MAX {
-            self.ticks_left = self.ticks_left.saturating_sub(ticks);
+    /// Until when the gate must not be closed; `None` if it may be closed now.
+    pub fn quiet_until(&self, now: u64) -> Option<u64> {
+        Some(self.quiet_until.load(Ordering::Relaxed)).filter(|until| *until > now)
+    }
+
+    /// The holder opens the gate. Those who were held are named, and have some time to themselves.
+    pub fn open_gate(&self, holder: u32, now: u64) -> u16 {
+        if self.vcpus.len() > 1 {
+            self.quiet_until.store(now.saturating_add(QUIET_TICKS), Ordering::Relaxed);
+        }
+        self.gate.open(holder)
+    }
+
+    /// `cpu` is going to run one of the vCPUs.
+    #[inline]
+    pub fn used_by(&self, cpu: u64) {
+        if self.used_by.load(Ordering::Relaxed) & cpu == 0 {
+            self.used_by.fetch_or(cpu, Ordering::Relaxed);
         }
     }
 
-    /// Counts a verdict.
-    pub fn count(&mut self, verdict: Verdict) {
-        match verdict {
-            Verdict::Inject => self.split_locks.inject += 1,
-            Verdict::Warn { .. } => self.split_locks.warn += 1,
-            Verdict::Step { .. } | Verdict::Kill | Verdict::KillBogus => self.split_locks.kill += 1,
+    /// Whether it is over.
+    pub fn is_over(&self) -> bool {
+        self.over.is_completed()
+    }
+
+    /// Why it is over.
+    pub fn reason(&self) -> Option<Reason> {
+        self.over.get().copied()
+    }
+
+    /// Ends it; the first reason counts. Its vCPUs are to be told: [`Mailbox::post_end`].
+    pub fn end(&self, reason: Reason) {
+        self.over.call_once(|| reason);
+    }
+
+    /// Whom to kick or wake now that something was posted to the vCPU. A vCPU that is woken counts
+    /// as awake again, before its waker can fall asleep.
+    pub fn notify(&self, slot: &Slot) -> Option<(u32, Option<u16>)> {
+        match slot.whereabouts.notify() {
+            Notify::Nothing => None,
+            Notify::Kick(cpu) => Some((cpu, None)),
+            Notify::Wake(cpu) => {
+                if slot.asleep.swap(false, Ordering::SeqCst) {
+                    self.awake.fetch_add(1, Ordering::SeqCst);
+                }
+                Some((cpu, Some(slot.id)))
+            }
         }
+    }
+
+    /// Parks the vCPU on `cpu`, unless something was posted to it: then it is false. `forever`: it
+    /// has no timer that will wake it. The VM is over if that goes for all of them.
+    pub fn park(&self, vcpu: u32, cpu: u32, forever: bool) -> bool {
+        let slot = &self.vcpus[vcpu as usize];
+        slot.asleep.store(forever, Ordering::SeqCst);
+        slot.whereabouts.set_parked(cpu);
+        if !slot.mailbox.is_empty() && slot.whereabouts.unpark(cpu) {
+            return false;
+        }
+        // Who has woken it meanwhile has counted it, or is about to, and is awake until then.
+        if forever && self.awake.fetch_sub(1, Ordering::SeqCst) == 1 {
+            self.end(Reason::Halt);
+            // Nobody else is there to be told; the vCPU itself is told by the caller.
+        }
+        true
+    }
+
+    /// One more vCPU is retired, and has counted this. The sum over all of them, if it was the last.
+    pub fn retire(&self, counters: &Counters) -> Option<Counters> {
+        let mut sum = self.counters.lock();
+        sum.add(counters);
+        (self.left.fetch_sub(1, Ordering::AcqRel) == 1).then(|| sum.clone())
     }
 }
 
-impl Drop for Guest {
+impl Drop for Vm {
     fn drop(&mut self) {
-        if let Some(ept) = self.ept.take() {
-            // The frames may come back as another VM's tables, under the same EPT pointer.
-            let stale = ept.destroy(&mut Tables);
-            // SAFETY: the vCPU is put, on the only CPU that ever ran it.
-            unsafe { stale.invalidate() }.expect("INVEPT single-context is a required capability");
+        if let Some(Space { ept, spare, .. }) = self.space.get_mut().take() {
+            // The frames come back as something else: no CPU may know them as this VM's memory.
+            percpu::shoot_down(*self.used_by.get_mut(), LocalApic::current());
+            ept.destroy(&mut Tables).held_by_none();
+            spare.0.into_iter().for_each(memory::free_frame);
         }
         memory::free_frame(self.stand_in);
     }
@@ -207,19 +350,9 @@ fn fill_stand_in(frame: HostPhysAddr) {
     unsafe { memory::to_virtual::<u8>(frame).write_bytes(0xff, FRAME as usize) };
 }
 
-/// A virtual machine.
-#[derive(Debug)]
-pub struct Vm {
-    /// Its vCPU; apart from the rest, since both are in use while it runs.
-    pub vcpu: Box<Vcpu>,
-    /// The rest.
-    pub guest: Guest,
-    region: HostPhysAddr,
-}
-
 /// What VMs are made with.
 pub struct Factory<'a> {
-    /// The CPU's capabilities.
+    /// The CPUs' capabilities.
     pub caps: &'a Capabilities,
     /// Shared bitmaps.
     pub bitmaps: Bitmaps,
@@ -230,12 +363,22 @@ pub struct Factory<'a> {
 }
 
 impl Factory<'_> {
-    /// Makes the VM with this index (below [`crate::config::MAX_VMS`]).
+    /// Makes a VM. Its vCPUs get the numbers from `first` on.
     ///
     /// # Errors
     ///
     /// [`StartError`]; nothing is left behind.
-    pub fn build(&self, config: &VmConfig, index: u16) -> Result<Vm, StartError> {
+    pub fn build(
+        &self,
+        config: &VmConfig,
+        first: usize,
+    ) -> Result<(Arc<Vm>, Vec<VcpuTask>), StartError> {
+        let placement = config.placement(percpu::online()).map_err(StartError::Placement)?;
+        let count = placement.vcpus;
+        let end = first + count as usize;
+        // VPIDs are numbers plus 1.
+        let ids = u16::try_from(first).ok().zip(u16::try_from(end).ok());
+        let (first, end) = ids.filter(|_| end <= MAX_VCPUS).ok_or(StartError::TooManyVcpus)?;
         let policy = VmPolicy::new(self.host, config.policy, config.expose_sld)
             .map_err(StartError::Policy)?;
         let image = self
@@ -253,77 +396,107 @@ impl Factory<'_> {
             pvh::load(&mut guest_memory, image, &config.cmdline).map_err(StartError::Image)?;
         let stand_in = memory::allocate_frame().ok_or_else(short)?;
         fill_stand_in(stand_in);
-        let name: &'static str = Box::leak(config.name.to_string().into_boxed_str());
         let ept = Ept::new(&mut Tables, self.caps.ept_accessed_dirty()).ok();
+        let empty = || Spare(ArrayVec::new());
+        let space = ept.map(|ept| Space { ept, holes: ArrayVec::new(), spare: empty() });
         // From here on `Drop` gives everything back.
-        let mut guest = Guest {
-            name,
+        let mut vm = Vm {
+            name: Box::leak(config.name.to_string().into_boxed_str()),
             policy,
-            task: Task::new(u32::from(index) + 1),
+            placement,
             memory: guest_memory,
-            devices: Devices::new(name),
-            split_locks: SplitLocks::default(),
-            ticks_left: config.limit_ticks.unwrap_or(u64::MAX),
-            real_bit_writes: 0,
-            ept,
-            holes: ArrayVec::new(),
+            devices: Mutex::new(Devices::new()),
+            gate: Gate::new(),
+            vcpus: (first..end)
+                .map(|id| Slot {
+                    mailbox: Mailbox::new(),
+                    whereabouts: Whereabouts::new(),
+                    asleep: AtomicBool::new(false),
+                    id,
+                })
+                .collect(),
+            over: Once::new(),
+            left: AtomicU32::new(count),
+            awake: AtomicU32::new(count),
+            used_by: AtomicU64::new(0),
+            quiet_until: AtomicU64::new(0),
+            counters: Mutex::new(Counters::new()),
+            space: Mutex::new(space),
             stand_in,
         };
-        map_memory(&mut guest).map_err(|_| short())?;
-        let region = vmcs_region(self.caps).ok_or_else(short)?;
+        let eptp = vm.map_memory().map_err(|_| short())?;
+        let vm = Arc::new(vm);
+        let tasks = (0..count).zip(first..).map(|(index, id)| {
+            let vcpu = self.vcpu(config, &vm, (index, id), entry, eptp).ok_or_else(short)?;
+            let ticks = config.limit_ticks.unwrap_or(u64::MAX);
+            Ok(VcpuTask::new(vm.clone(), index, id, vcpu, ticks))
+        });
+        let tasks = tasks.collect::<Result<_, _>>()?;
+        Ok((vm, tasks))
+    }
+
+    /// The vCPU with this index in the VM and this number among all.
+    fn vcpu(
+        &self,
+        config: &VmConfig,
+        vm: &Vm,
+        (index, id): (u32, u16),
+        entry: pvh::Entry,
+        eptp: u64,
+    ) -> Option<(Box<Vcpu>, HostPhysAddr)> {
+        let region = vmcs_region(self.caps)?;
         let offer = Offer {
-            sld_exposed: policy.exposed(),
+            sld_exposed: vm.policy.exposed(),
             rdtscp: self.caps.has_secondary(Secondary::ENABLE_RDTSCP),
             invpcid: self.caps.has_secondary(Secondary::ENABLE_INVPCID),
-            apic_id: 0,
+            apic_id: index,
+            vcpus: vm.placement.vcpus,
         };
         let pointers = Pointers {
             io_bitmap: self.bitmaps.io.as_u64(),
             msr_bitmap: self.bitmaps.msr.as_u64(),
-            eptp: guest.ept().pointer(),
-            vpid: index + 1,
+            eptp,
+            vpid: id + 1,
         };
+        let starts = index == 0;
         // SAFETY: the region is a fresh frame with the revision identifier; the bitmaps live for
-        // ever, the tables as long as the guest, which `Vm` drops after the vCPU is cleared.
+        // ever, the tables as long as the VM, to which the vCPU's task refers until the vCPU is
+        // cleared.
         let mut vcpu = Box::new(unsafe {
             Vcpu::new(VcpuConfig {
                 caps: *self.caps,
                 region,
                 pointers,
                 cpuid: CpuidTable::new(&CpuIdReaderNative, offer),
-                sld: sld::Vcpu::new(policy),
-                apic_id: 0,
-                rip: entry.rip,
-                overrides: config.overrides(),
+                sld: sld::Vcpu::new(vm.policy),
+                apic_id: index,
+                origin: if starts {
+                    Origin::Protected { rip: entry.rip }
+                } else {
+                    Origin::WaitForSipi
+                },
+                overrides: if starts { config.overrides() } else { Default::default() },
             })
         });
-        vcpu.set_register(register::RBX, u64::from(entry.start_info));
-        Ok(Vm { vcpu, guest, region })
+        if starts {
+            vcpu.set_register(register::RBX, u64::from(entry.start_info));
+        }
+        Some((vcpu, region))
     }
 }
 
-fn map_memory(guest: &mut Guest) -> Result<(), MapError> {
-    let Guest { memory, ept, .. } = guest;
-    let ept = ept.as_mut().ok_or(MapError::OutOfMemory)?;
-    memory.frames().try_for_each(|(gpa, hpa)| {
-        let rwx = Permissions::all();
-        ept.map(&mut Tables, gpa, hpa, PageSize::Size2M, rwx, MemoryType::WriteBack)
-    })
-}
-
 impl Vm {
-    /// Ends the VM and gives its memory back.
-    ///
-    /// # Safety
-    ///
-    /// The vCPU is put, on the CPU that loaded it last, in VMX root operation.
-    pub unsafe fn destroy(mut self) {
-        // SAFETY: the caller's obligation.
-        if let Err(fail) = unsafe { self.vcpu.clear() } {
-            // The CPU may still write to the region: keep it.
-            log::error!("VMCLEAR of {}: {fail}", self.guest.name);
-            return;
+    /// Maps all memory and sets frames aside for holes. The EPT pointer.
+    fn map_memory(&mut self) -> Result<u64, MapError> {
+        let space = self.space.get_mut().as_mut().ok_or(MapError::OutOfMemory)?;
+        self.memory.frames().try_for_each(|(gpa, hpa)| {
+            let rwx = Permissions::all();
+            let kind = MemoryType::WriteBack;
+            space.ept.map(&mut Tables, gpa, hpa, PageSize::Size2M, rwx, kind)
+        })?;
+        while !space.spare.0.is_full() {
+            space.spare.0.push(memory::allocate_frame().ok_or(MapError::OutOfMemory)?);
         }
-        memory::free_frame(self.region);
+        Ok(space.ept.pointer())
     }
 }

@@ -1,6 +1,10 @@
 //! What is particular to the CPU: descriptor tables, exceptions, MSRs, VMX operation.
 
+pub mod apic;
 pub mod cpu;
 pub mod exceptions;
+pub mod idle;
 pub mod msr;
 pub mod segments;
+pub mod stack;
+pub mod startup;

@@ -14,6 +14,7 @@ use x86_64::registers::segmentation::SegmentSelector;
 
 use super::{exceptions, msr, segments::Segments};
 use crate::memory;
+use crate::percpu::PerCpu;
 
 /// IA32_FEATURE_CONTROL: the value is locked until reset.
 const FEATURE_CONTROL_LOCK: u64 = 1 << 0;
@@ -74,9 +75,10 @@ pub fn mask_legacy_interrupts() {
     }
 }
 
-/// Brings this CPU's tables and control registers into the state that the hypervisor runs in.
-pub fn initialize() -> (Segments, u64) {
-    let segments = Segments::load();
+/// Brings this CPU's tables and control registers into the state that the hypervisor runs in;
+/// `None` without memory.
+pub fn initialize() -> Option<(Segments, u64)> {
+    let segments = Segments::load()?;
     let idt = exceptions::load(segments.cs);
     let has_xsave = core::arch::x86_64::__cpuid(1).ecx & 1 << 26 != 0;
     // SAFETY: kernel text is read-only and never written (WP); there is an x87 and SSE2 on every
@@ -96,7 +98,7 @@ pub fn initialize() -> (Segments, u64) {
             }
         });
     }
-    (segments, idt)
+    Some((segments, idt))
 }
 
 /// Enters VMX operation on this CPU.
@@ -104,7 +106,7 @@ pub fn initialize() -> (Segments, u64) {
 /// # Errors
 ///
 /// [`NoVmx`].
-pub fn enter_vmx(segments: &Segments, idt_base: u64) -> Result<Vmx, NoVmx> {
+pub fn enter_vmx(cpu: &'static PerCpu, segments: &Segments, idt_base: u64) -> Result<Vmx, NoVmx> {
     if core::arch::x86_64::__cpuid(1).ecx & 1 << 5 == 0 {
         return Err(NoVmx::Absent);
     }
@@ -133,7 +135,7 @@ pub fn enter_vmx(segments: &Segments, idt_base: u64) -> Result<Vmx, NoVmx> {
         Cr4::update(|cr4| cr4.insert(Cr4Flags::VIRTUAL_MACHINE_EXTENSIONS));
         vmxon(region).map_err(NoVmx::Vmxon)?;
     }
-    Ok(Vmx { caps, host: host_state(segments, idt_base), region })
+    Ok(Vmx { caps, host: host_state(cpu, segments, idt_base), region })
 }
 
 impl Vmx {
@@ -155,10 +157,11 @@ pub fn vmcs_region(caps: &Capabilities) -> Option<HostPhysAddr> {
     Some(region)
 }
 
-fn host_state(segments: &Segments, idt_base: u64) -> HostState {
+fn host_state(cpu: &'static PerCpu, segments: &Segments, idt_base: u64) -> HostState {
     let SegmentSelector(cs) = segments.cs;
     HostState {
-        cpu: 0,
+        cpu: cpu.index,
+        kicked: &cpu.kicked,
         cr0: Cr0::read_raw(),
         cr3: Cr3::read_raw().0.start_address().as_u64() | u64::from(Cr3::read_raw().1),
         cr4: Cr4::read_raw(),

@@ -1,17 +1,20 @@
 //! The IDT: entry stubs, the exception dump, and what is survived.
 
 use alloc::boxed::Box;
-use core::arch::naked_asm;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::arch::{asm, naked_asm};
+use core::sync::atomic::{AtomicBool, Ordering};
 
+use spin::Once;
 use x86_64::VirtAddr;
 use x86_64::instructions::tables::lidt;
 use x86_64::registers::control::Cr2;
 use x86_64::registers::segmentation::SegmentSelector;
 use x86_64::structures::DescriptorTablePointer;
 
-use super::msr;
+use super::apic::{self, LocalApic};
 use super::segments::ist;
+use super::{idle, msr};
+use crate::{panic, percpu};
 
 /// What the stubs leave on the stack.
 #[derive(Debug)]
@@ -42,14 +45,6 @@ struct Frame {
 }
 
 const _: () = assert!(size_of::<Frame>() == 22 * 8);
-
-/// NMIs that arrived while the hypervisor itself ran.
-static NMIS: AtomicU64 = AtomicU64::new(0);
-
-/// NMIs so far, in the hypervisor.
-pub fn nmis() -> u64 {
-    NMIS.load(Ordering::Relaxed)
-}
 
 /// The part that all stubs share. On entry: error code (or 0) and vector on an IST stack, which
 /// the CPU has aligned to 16 bytes. SSE registers are saved, because the handler is compiled with
@@ -165,10 +160,25 @@ impl Gate {
     }
 }
 
-/// Makes an IDT, loads it on this CPU and returns its linear address. All 256 gates exist, since
-/// a VM exit sets the table's limit to 64 KiB; the hypervisor takes no interrupts, so that all
-/// from 32 on are absent.
+/// Interrupts that the hypervisor takes, while it sleeps: its own timer's, and one that is gone.
+const INTERRUPTS: [(u8, unsafe extern "C" fn()); 2] = [
+    (apic::TIMER_VECTOR, plain::<{ apic::TIMER_VECTOR }>),
+    (apic::SPURIOUS_VECTOR, plain::<{ apic::SPURIOUS_VECTOR }>),
+];
+
+/// Loads the IDT, the same on all CPUs, and returns its linear address.
 pub fn load(cs: SegmentSelector) -> u64 {
+    static IDT: Once<&'static [Gate; 256]> = Once::new();
+    let idt: &'static [Gate; 256] = IDT.call_once(|| Box::leak(table(cs)));
+    let base = VirtAddr::from_ptr(idt);
+    // SAFETY: the table lives for ever and its gates lead to stubs on stacks of their own.
+    unsafe { lidt(&DescriptorTablePointer { limit: size_of_val(idt) as u16 - 1, base }) };
+    base.as_u64()
+}
+
+/// All 256 gates exist, since a VM exit sets the table's limit to 64 KiB; those that nothing comes
+/// by are absent.
+fn table(cs: SegmentSelector) -> Box<[Gate; 256]> {
     let mut idt = Box::new([Gate::ABSENT; 256]);
     for (vector, (gate, (stub, _))) in idt.iter_mut().zip(&STUBS).enumerate() {
         let stack = match vector {
@@ -179,17 +189,55 @@ pub fn load(cs: SegmentSelector) -> u64 {
         };
         *gate = Gate::new(*stub, cs, stack);
     }
-    let idt: &'static [Gate; 256] = Box::leak(idt);
-    let base = VirtAddr::from_ptr(idt);
-    // SAFETY: the table lives for ever and its gates lead to stubs on stacks of their own.
-    unsafe { lidt(&DescriptorTablePointer { limit: size_of_val(idt) as u16 - 1, base }) };
-    base.as_u64()
+    for (vector, stub) in INTERRUPTS {
+        idt[usize::from(vector)] = Gate::new(stub, cs, ist::EXCEPTION);
+    }
+    idt
+}
+
+/// Lets NMIs come again: a VM exit by NMI blocks them until the next IRET. SDM volume 3, section
+/// "Handling of NMIs ... in VMX Operation" and "IRET".
+pub fn unblock_nmis() {
+    // SAFETY: an IRET to the next instruction with the present stack, flags and segments. The red
+    // zone is not used by code compiled here.
+    unsafe {
+        asm!(
+            "mov {stack}, rsp",
+            "mov {selector:e}, ss",
+            "push {selector}",
+            "push {stack}",
+            "pushfq",
+            "mov {selector:e}, cs",
+            "push {selector}",
+            "lea {stack}, [rip + 2f]",
+            "push {stack}",
+            "iretq",
+            "2:",
+            stack = out(reg) _,
+            selector = out(reg) _,
+        );
+    }
+}
+
+/// Set by a CPU that panics: the others stop at their next NMI.
+pub static STOP: AtomicBool = AtomicBool::new(false);
+
+/// An NMI, wherever it was taken.
+pub fn on_nmi() {
+    if STOP.load(Ordering::Relaxed) {
+        panic::stop();
+    }
+    // Before a CPU has its data, nobody has anything for it.
+    if let Some(cpu) = percpu::try_this() {
+        cpu.on_nmi();
+    }
 }
 
 extern "C" fn handle(frame: &mut Frame) {
     match frame.vector {
         2 => {
-            NMIS.fetch_add(1, Ordering::Relaxed);
+            on_nmi();
+            frame.rip = idle::woken(frame.rip);
             return;
         }
         13 => {
@@ -199,6 +247,13 @@ extern "C" fn handle(frame: &mut Frame) {
             }
         }
         _ => {}
+    }
+    if frame.vector == u64::from(apic::TIMER_VECTOR) {
+        LocalApic::current().end_of_interrupt();
+        return;
+    }
+    if frame.vector == u64::from(apic::SPURIOUS_VECTOR) {
+        return;
     }
     let name = STUBS.get(frame.vector as usize).map_or("unknown vector", |row| row.1);
     panic!(

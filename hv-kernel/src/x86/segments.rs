@@ -2,12 +2,13 @@
 
 use alloc::boxed::Box;
 
-use x86_64::VirtAddr;
 use x86_64::instructions::segmentation::{CS, DS, ES, FS, GS, SS, Segment};
 use x86_64::instructions::tables::load_tss;
 use x86_64::registers::segmentation::SegmentSelector;
 use x86_64::structures::gdt::{Descriptor, GlobalDescriptorTable};
 use x86_64::structures::tss::TaskStateSegment;
+
+use super::stack;
 
 /// IST slots. Every handler has a stack of its own, because the precompiled `core` library uses
 /// the red zone below the interrupted stack pointer.
@@ -25,7 +26,7 @@ pub mod ist {
 }
 
 /// Size of an exception stack. A handler may format a message.
-const STACK_BYTES: usize = 16 * 1024;
+const STACK_BYTES: u64 = 16 * 1024;
 
 /// The tables of one CPU, which live as long as it runs.
 pub struct Segments {
@@ -42,12 +43,11 @@ pub struct Segments {
 }
 
 impl Segments {
-    /// Makes the tables and loads them on this CPU.
-    pub fn load() -> Self {
+    /// Makes the tables and loads them on this CPU; `None` without memory.
+    pub fn load() -> Option<Self> {
         let mut tss = TaskStateSegment::new();
         for slot in 0..ist::COUNT {
-            let stack = Box::leak(Box::new([0u128; STACK_BYTES / 16]));
-            tss.interrupt_stack_table[slot] = VirtAddr::from_ptr(stack.as_ptr_range().end);
+            tss.interrupt_stack_table[slot] = stack::allocate(STACK_BYTES)?;
         }
         let tss: &'static TaskStateSegment = Box::leak(Box::new(tss));
         let mut gdt = GlobalDescriptorTable::new();
@@ -67,12 +67,12 @@ impl Segments {
             GS::set_reg(SegmentSelector::NULL);
             load_tss(tr);
         }
-        Self {
+        Some(Self {
             gdt_base: gdt.entries().as_ptr() as u64,
             tss_base: &raw const *tss as u64,
             cs,
             ss,
             tr,
-        }
+        })
     }
 }

@@ -1,0 +1,551 @@
+//! A vCPU's task: one turn of it on a CPU, from load to put, and the guest loop's view of the
+//! hypervisor meanwhile.
+
+use alloc::boxed::Box;
+use alloc::sync::Arc;
+use core::sync::atomic::{AtomicU32, Ordering};
+
+use sld::{MsrFault, MsrWrite, RealBit, Task, Verdict, Written};
+use vmx::addr::{GuestPhysAddr, HostPhysAddr};
+use vmx::apic::Ipi;
+use vmx::checks::Finding;
+use vmx::exit::BasicReason;
+use vmx::instruction::now;
+use vmx::mailbox::Mailbox;
+use vmx::run::{AcReport, Alone, End, Host, Poll, PortWrite, Stop};
+use vmx::vcpu::Vcpu;
+
+use crate::counters::Counters;
+use crate::events::{Event, Ring, Subject};
+use crate::guest_memory::GuestMemory;
+use crate::sched::{Cpu, SldCpu};
+use crate::vm::{Reason, Vm};
+use crate::{memory, percpu, serial};
+
+/// How many warnings a run prints. Events and counters have all of them.
+const MAX_WARNINGS: u32 = 100;
+
+/// Warnings that may still be printed.
+static WARNINGS_LEFT: AtomicU32 = AtomicU32::new(MAX_WARNINGS);
+
+/// A task that runs a vCPU. One CPU owns it at a time: it stands in that CPU's queue or among those
+/// parked there, or is on its way in an inbox.
+pub struct VcpuTask {
+    /// Its vCPU; apart from the rest, since both are in use while it runs.
+    vcpu: Box<Vcpu>,
+    /// The rest.
+    pub thread: Thread,
+    region: HostPhysAddr,
+}
+
+/// A task without its vCPU.
+pub struct Thread {
+    /// Its VM.
+    pub vm: Arc<Vm>,
+    /// Its vCPU's index in the VM.
+    pub index: u32,
+    /// Its number among all vCPUs.
+    pub id: u16,
+    /// Split-lock detection's view of it.
+    pub sld: Task,
+    /// Its events that are not written out.
+    ring: Ring,
+    /// What it has counted.
+    pub counters: Counters,
+    /// Its virtual time: the ticks that it was on a CPU, divided by its weight (100 is usual).
+    pub vruntime: u64,
+    /// How long it may still run, in ticks of the TSC.
+    ticks_left: u64,
+    /// When its guest executed HLT; `None` if it has not slept since.
+    halted: Option<u64>,
+    /// What its next turn is for.
+    pub next: Next,
+    /// The CPU where it ran last.
+    last_cpu: Option<u32>,
+    /// Its VMCS is active on the CPU that owns it.
+    resident: bool,
+    /// VM exits when it came to this CPU.
+    pub exits_on_arrival: u64,
+}
+
+/// What a task's next turn is for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Next {
+    /// Its guest runs.
+    Run,
+    /// It sleeps, until this time at the latest (TSC): it has executed HLT, or waits until its VM's
+    /// gate may be closed again.
+    Sleep(Option<u64>),
+    /// Another vCPU of its VM holds it out of the guest: it sleeps until that one lets it go on.
+    Wait,
+    /// Its VM is over.
+    Retire,
+}
+
+impl VcpuTask {
+    /// The task of the vCPU `index` of `vm`, which may run for `ticks`. `region` is its VMCS.
+    pub fn new(
+        vm: Arc<Vm>,
+        index: u32,
+        id: u16,
+        (vcpu, region): (Box<Vcpu>, HostPhysAddr),
+        ticks: u64,
+    ) -> Self {
+        let thread = Thread {
+            vm,
+            index,
+            id,
+            sld: Task::new(u32::from(id) + 1),
+            ring: Ring::new(),
+            counters: Counters::new(),
+            vruntime: 0,
+            ticks_left: ticks,
+            halted: None,
+            next: Next::Run,
+            last_cpu: None,
+            resident: false,
+            exits_on_arrival: 0,
+        };
+        Self { vcpu, thread, region }
+    }
+
+    /// Whether other CPUs may have it, too.
+    pub fn is_movable(&self) -> bool {
+        !self.thread.vm.placement.cpus.is_power_of_two()
+    }
+
+    /// VM exits so far.
+    pub fn exits(&self) -> u64 {
+        self.vcpu.counters.exits.iter().sum()
+    }
+
+    /// Writes the VMCS back to memory, so that another CPU may load it. False if that failed, which
+    /// is the platform's fault; then it can run nowhere.
+    ///
+    /// # Safety
+    ///
+    /// On the CPU that owns the task, in VMX root operation; the vCPU is put.
+    pub unsafe fn clear(&mut self) -> bool {
+        // SAFETY: the caller's obligation; if it is active at all, it is so here.
+        match if self.thread.resident { unsafe { self.vcpu.clear() } } else { Ok(()) } {
+            Ok(()) => {
+                self.thread.resident = false;
+                true
+            }
+            Err(fail) => {
+                log::error!("VMCLEAR of {}: {fail}", self.thread.vm.name);
+                self.thread.vm.end(Reason::End(End::EntryFailed(fail)));
+                false
+            }
+        }
+    }
+
+    /// All that it has counted.
+    pub fn counters(&self) -> Counters {
+        let mut counters = self.thread.counters.clone();
+        counters.exits = self.vcpu.counters.clone();
+        counters
+    }
+}
+
+impl Drop for VcpuTask {
+    fn drop(&mut self) {
+        // The CPU may still write to the region of a VMCS that could not be cleared.
+        if !self.thread.resident {
+            memory::free_frame(self.region);
+        }
+    }
+}
+
+impl Thread {
+    /// Its VM's name and its index, for events.
+    pub fn subject(&self) -> Subject {
+        (self.vm.name, self.index)
+    }
+
+    /// It has run, or waited for its timer, for so many ticks of what it may.
+    fn charge(&mut self, ticks: u64) {
+        // Without a limit there is nothing to count down.
+        if self.ticks_left != u64::MAX {
+            self.ticks_left = self.ticks_left.saturating_sub(ticks);
+        }
+    }
+
+    /// It is `now`, and it has slept until then if it has slept.
+    pub fn woken(&mut self, now: u64) {
+        if let Some(since) = self.halted.take() {
+            self.charge(now.saturating_sub(since));
+        }
+    }
+
+    /// Records an event.
+    #[inline]
+    pub fn push(&mut self, event: Event) {
+        self.ring.push(percpu::stamp(), Some(self.subject()), event);
+    }
+
+    /// Whether its guest has to wait until some of its output is written.
+    pub fn must_write(&self) -> bool {
+        self.ring.is_over_half() || self.vm.devices.lock().lines().1
+    }
+
+    /// Whether all its output is written.
+    fn has_written(&self) -> bool {
+        self.ring.is_empty() && !self.vm.devices.lock().lines().0
+    }
+
+    /// Writes events and its VM's output out until `ticks` have passed, one line at least if
+    /// nobody else is writing. True if nothing is left to write.
+    pub fn write_output(&mut self, ticks: u64) -> bool {
+        let start = now();
+        loop {
+            let vm = &self.vm;
+            // The port first: a line that is taken out is printed.
+            let printed = serial::LOG.try_with(|port| {
+                let line = vm.devices.lock().next_line()?;
+                // What is kept of a line is ASCII.
+                let text = core::str::from_utf8(&line).unwrap_or("");
+                write!(port, "[{}] {text}\r\n", vm.name).ok()
+            });
+            let progress = self.ring.write_one() || matches!(printed, Some(Some(())));
+            if !progress {
+                return self.has_written();
+            }
+            if now().wrapping_sub(start) >= ticks {
+                return self.has_written();
+            }
+        }
+    }
+}
+
+impl Cpu {
+    /// The guest's part of a turn: load, run for `ticks` at most, put. It goes on while nobody
+    /// else waits for the CPU. What is to happen next is in the task.
+    pub fn run_guest(&mut self, task: &mut VcpuTask, ticks: u64) {
+        let cpu = self.shared;
+        let VcpuTask { vcpu, thread, .. } = task;
+        let vm = thread.vm.clone();
+        let slot = &vm.vcpus[thread.index as usize];
+        slot.whereabouts.set_running(cpu.index);
+        if !vm.gate.enter(thread.index) {
+            slot.whereabouts.set_queued();
+            thread.next = Next::Wait;
+            return;
+        }
+        self.enter_core();
+        vm.used_by(cpu.bit());
+        self.switch_to(Some(thread));
+        thread.counters.loads += 1;
+        if thread.last_cpu.replace(cpu.index).is_some_and(|last| last != cpu.index) {
+            thread.counters.migrations += 1;
+        }
+        // SAFETY: interrupts are off; the vCPU is put below, before this CPU does anything else,
+        // and no other CPU has the task; `host` describes this CPU.
+        let stop = match unsafe { vcpu.load(&self.host) } {
+            Err(fail) => {
+                vm.gate.leave(thread.index);
+                Stop::End(End::EntryFailed(fail))
+            }
+            Ok(mut loaded) => {
+                thread.resident = true;
+                let mut stop = Stop::End(End::PlatformFault);
+                let written = loaded.load_sld(&mut self.sld, &mut thread.sld);
+                let mut running = Running { cpu: self, thread, in_gate: true };
+                running.note(written);
+                running.verify("load");
+                // A faulting MSR 0x33 would leave the guest with a detection that it did not ask
+                // for.
+                while written.is_ok() {
+                    let start = now();
+                    let slice = ticks.min(running.thread.ticks_left);
+                    let slice = slice.min(running.cpu.ticks_to_deadline(start));
+                    stop = loaded.run(&mut running, slice);
+                    let used = now().wrapping_sub(start);
+                    running.thread.charge(used);
+                    running.cpu.receive();
+                    running.cpu.wake_due();
+                    let goes_on = stop == Stop::Slice
+                        && running.cpu.is_idle_otherwise()
+                        && running.thread.ticks_left != 0
+                        && running.thread.has_written()
+                        && running.in_gate;
+                    if !goes_on {
+                        break;
+                    }
+                    running.cpu.publish(running.thread, used);
+                }
+                let Running { cpu, thread, in_gate } = running;
+                let written = loaded.put_sld(&mut cpu.sld, &mut thread.sld);
+                loaded.put();
+                let mut running = Running { cpu, thread, in_gate };
+                running.note(written);
+                running.verify("put");
+                if running.in_gate {
+                    vm.gate.leave(running.thread.index);
+                }
+                if written.is_err() { Stop::End(End::PlatformFault) } else { stop }
+            }
+        };
+        self.leave_core();
+        slot.whereabouts.set_queued();
+        self.after(thread, stop);
+    }
+
+    /// What the guest loop returned decides what the task's next turn is for.
+    fn after(&mut self, thread: &mut Thread, stop: Stop) {
+        let reason = match stop {
+            Stop::Slice | Stop::Halt(Some(_)) if thread.ticks_left == 0 => Reason::TimeLimit,
+            // Held or not: its next turn asks the gate.
+            Stop::Slice | Stop::Held => return,
+            Stop::Halt(until) => {
+                let now = now();
+                thread.halted = Some(now);
+                let limit = now.saturating_add(thread.ticks_left);
+                thread.next = Next::Sleep(until.map(|until| until.min(limit)));
+                return;
+            }
+            Stop::Over => {
+                thread.next = Next::Retire;
+                return;
+            }
+            Stop::End(end) => Reason::End(end),
+        };
+        thread.next = Next::Retire;
+        self.end_vm(&thread.vm, reason);
+    }
+}
+
+/// A task on a CPU: the `vmx` crate's view of the hypervisor.
+struct Running<'a> {
+    cpu: &'a mut Cpu,
+    thread: &'a mut Thread,
+    /// It is inside its VM's gate.
+    in_gate: bool,
+}
+
+impl Running<'_> {
+    /// Tells people of a task's first split lock. All of them are counted, told or not.
+    #[cold]
+    fn warn(&mut self, report: &AcReport) {
+        let take = |left: u32| left.checked_sub(1);
+        if WARNINGS_LEFT.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_err() {
+            return;
+        }
+        let detection = match report.verdict {
+            Verdict::Step { .. } => "stays on for the core's other threads: each one is stepped",
+            _ => "is off for this task from now on",
+        };
+        log::warn!(
+            "VM {}, vCPU {}: split lock at RIP {:#x}, CPL {}, on CPU {}: detection {detection}",
+            self.thread.vm.name,
+            self.thread.index,
+            report.rip,
+            report.context.cpl,
+            self.cpu.shared.index
+        );
+    }
+
+    fn note(&mut self, written: Written) {
+        match written {
+            Ok(None) => {}
+            Ok(Some(real_bit)) => {
+                self.thread.counters.real_bit_writes += 1;
+                self.thread.push(Event::RealBit(real_bit));
+            }
+            Err(fault) => log::error!("CPU {}: MSR 0x33: {fault}", self.cpu.shared.index),
+        }
+    }
+
+    fn verify(&mut self, when: &str) {
+        self.cpu.verify(when, Some(self.thread));
+    }
+
+    /// Waits until the VM's other vCPUs are out of the guest. This vCPU holds the gate.
+    fn wait_for_vm(&mut self, others: u16) {
+        let vm = &self.thread.vm;
+        let indices = (0..).zip(&vm.vcpus).filter(|(index, _)| others & 1 << index != 0);
+        indices.for_each(|(_, slot)| self.cpu.deliver(vm, slot));
+        // Who waits is in nobody's way: a sibling that is to run alone finds this thread outside.
+        self.cpu.leave_core();
+        while !vm.gate.is_alone(self.thread.index) {
+            core::hint::spin_loop();
+        }
+        self.cpu.enter_core();
+    }
+}
+
+impl Host for Running<'_> {
+    type Pinned = SldCpu;
+    type Memory = GuestMemory;
+
+    fn sld(&mut self) -> (&mut SldCpu, &mut Task) {
+        (&mut self.cpu.sld, &mut self.thread.sld)
+    }
+
+    fn memory(&self) -> &GuestMemory {
+        &self.thread.vm.memory
+    }
+
+    fn port_read(&mut self, port: u16, size: u8) -> u32 {
+        self.thread.vm.devices.lock().port_read(port, size)
+    }
+
+    fn port_write(&mut self, port: u16, size: u8, value: u32) -> PortWrite {
+        self.thread.vm.devices.lock().port_write(port, size, value)
+    }
+
+    fn mailbox(&self) -> &Mailbox {
+        &self.thread.vm.vcpus[self.thread.index as usize].mailbox
+    }
+
+    fn send(&mut self, ipi: Ipi, sender: u32) {
+        let vm = &self.thread.vm;
+        let reached = |index| index != sender && ipi.reaches(index, sender);
+        for (_, slot) in (0..).zip(&vm.vcpus).filter(|(index, _)| reached(*index)) {
+            slot.mailbox.post(ipi.delivery());
+            self.cpu.deliver(vm, slot);
+        }
+    }
+
+    fn poll(&mut self) -> Poll {
+        // A sibling that steps has this thread out for one instruction.
+        if self.cpu.shared.core.gate.wants_out(self.cpu.shared.thread) {
+            self.cpu.leave_core();
+            self.cpu.enter_core();
+        }
+        if self.thread.vm.gate.wants_out(self.thread.index) {
+            return Poll::Held;
+        }
+        self.cpu.receive();
+        self.cpu.share();
+        if self.cpu.is_wanted_before(self.thread) { Poll::Yield } else { Poll::GoOn }
+    }
+
+    fn map_hole(&mut self, gpa: GuestPhysAddr) -> Alone {
+        let vm = self.thread.vm.clone();
+        let me = self.thread.index;
+        let first = !vm.gate.is_held_by(me);
+        if first {
+            if let Some(until) = vm.quiet_until(now()) {
+                self.thread.next = Next::Sleep(Some(until));
+                return Alone::Held;
+            }
+            match vm.gate.close(me) {
+                None => return Alone::Held,
+                Some(0) => {}
+                Some(others) => self.wait_for_vm(others),
+            }
+        }
+        if vm.map_hole(gpa) {
+            return Alone::Yes;
+        }
+        // With others mapped before, the guest loop calls it.
+        if first {
+            self.unmap_holes();
+        }
+        Alone::Refused
+    }
+
+    fn unmap_holes(&mut self) {
+        let vm = &self.thread.vm;
+        vm.unmap_holes();
+        let held = vm.open_gate(self.thread.index, now());
+        for (_, slot) in (0..).zip(&vm.vcpus).filter(|(index, _)| held & 1 << index != 0) {
+            slot.mailbox.post_gate();
+            self.cpu.deliver(vm, slot);
+        }
+    }
+
+    fn begin_step(&mut self) -> Result<Alone, MsrFault> {
+        let cpu = self.cpu.shared;
+        let vm = self.thread.vm.clone();
+        let me = self.thread.index;
+        let Some(siblings) = cpu.core.gate.close(cpu.thread) else {
+            self.cpu.leave_core();
+            self.cpu.enter_core();
+            return Ok(Alone::Again);
+        };
+        if siblings != 0 {
+            self.cpu.kick_siblings(siblings);
+            // Who waits is in nobody's way, unless others wait for it anyway.
+            let holds = vm.gate.is_held_by(me);
+            if !holds {
+                vm.gate.leave(me);
+                self.in_gate = false;
+            }
+            while !cpu.core.gate.is_alone(cpu.thread) {
+                core::hint::spin_loop();
+            }
+            if !holds {
+                self.in_gate = vm.gate.enter(me);
+                if !self.in_gate {
+                    let _ = cpu.core.gate.open(cpu.thread);
+                    return Ok(Alone::Held);
+                }
+            }
+        }
+        let written = sld::step_begin(&mut self.cpu.sld);
+        self.note(written);
+        if let Err(fault) = written {
+            let _ = cpu.core.gate.open(cpu.thread);
+            return Err(fault);
+        }
+        Ok(Alone::Yes)
+    }
+
+    fn end_step(&mut self) -> Result<(), MsrFault> {
+        let written = sld::step_end(&mut self.cpu.sld);
+        self.note(written);
+        // Those that were held look again and again: nobody is to be woken.
+        let _ = self.cpu.shared.core.gate.open(self.cpu.shared.thread);
+        written.map(drop)
+    }
+
+    #[inline(always)]
+    fn on_ac(&mut self, report: &AcReport) {
+        self.thread.counters.split_locks.count(report.verdict);
+        self.thread.push(Event::Ac(*report));
+        if let Verdict::Warn { first: true, .. } | Verdict::Step { first: true } = report.verdict {
+            self.warn(report);
+        }
+    }
+
+    #[inline(always)]
+    fn on_test_ctrl_write(&mut self, value: u64, result: MsrWrite) {
+        self.thread.push(Event::TestCtrlWrite { value, result });
+    }
+
+    fn on_real_bit(&mut self, written: RealBit) {
+        self.note(Ok(Some(written)));
+    }
+
+    #[inline(always)]
+    fn is_full(&self) -> bool {
+        self.thread.ring.is_nearly_full()
+    }
+
+    #[inline(always)]
+    fn on_exit(&mut self, reason: BasicReason, rip: u64) {
+        self.cpu.shared.trail.push(reason, rip);
+    }
+
+    fn on_invalid_state(&mut self, finding: &Finding<'_>) {
+        log::error!("VM {}: VM entry refused its state: {finding}", self.thread.vm.name);
+    }
+
+    fn nmi(&mut self) {
+        crate::x86::exceptions::on_nmi();
+        crate::x86::exceptions::unblock_nmis();
+    }
+
+    fn interrupt(&mut self, vector: u8) {
+        self.cpu.interrupt(vector);
+    }
+
+    fn machine_check(&mut self) {
+        panic!(
+            "machine check on CPU {} while VM {} ran",
+            self.cpu.shared.index, self.thread.vm.name
+        );
+    }
+}
