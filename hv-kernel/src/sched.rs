@@ -25,6 +25,7 @@ use crate::events::{self, Event, Ring};
 use crate::inbox::Message;
 use crate::percpu::{self, Core, PerCpu};
 use crate::runqueue::RunQueue;
+use crate::serial;
 use crate::task::{Next, Thread, VcpuTask};
 use crate::vm::{MAX_VCPUS, Reason, Slot, Vm};
 use crate::x86::apic::{LocalApic, TIMER_VECTOR};
@@ -48,6 +49,10 @@ static DONE: AtomicBool = AtomicBool::new(false);
 
 /// The weight that changes nothing.
 const USUAL_WEIGHT: u64 = 100;
+/// What a wake-up costs others, in ticks of the TSC: a kick, and two switches. Whoever is woken
+/// pays for it in virtual time, so that vCPUs which wake each other all the time do not live on
+/// the time of those whom they interrupt.
+const WAKE_TICKS: u64 = 5_000;
 
 /// This CPU's split-lock detection.
 pub struct SldCpu {
@@ -191,7 +196,8 @@ impl Cpu {
         task.thread.woken(now());
         task.thread.next = Next::Run;
         let least = self.floor.saturating_sub(self.policy.slice_ticks);
-        task.thread.vruntime = task.thread.vruntime.max(least);
+        let cost = WAKE_TICKS * USUAL_WEIGHT / u64::from(task.thread.vm.placement.weight);
+        task.thread.vruntime = task.thread.vruntime.max(least) + cost;
         self.enqueue(task);
     }
 
@@ -313,7 +319,6 @@ impl Cpu {
                 task.thread.woken(now());
                 task.thread.next = Next::Run;
                 if !task.thread.must_write() {
-                    self.count_load();
                     let before = task.thread.counters.ticks;
                     self.run_guest(&mut task, self.policy.slice_ticks);
                     // What `publish` has counted meanwhile.
@@ -507,7 +512,7 @@ impl Cpu {
     }
 
     /// Counts a load where loads are limited.
-    fn count_load(&self) {
+    pub fn count_load(&self) {
         let Some(limit) = self.policy.stop_after_loads else { return };
         if LOADS.fetch_add(1, Ordering::Relaxed) == limit {
             let vms = VMS.get().into_iter().flatten();
@@ -549,13 +554,9 @@ impl Cpu {
 fn vm_ended(vm: &Vm, counters: &Counters) {
     let name = vm.name;
     let reason = vm.reason().unwrap_or(Reason::Halt);
-    {
-        let mut devices = vm.devices.lock();
-        devices.end_line();
-        while let Some(line) = devices.next_line() {
-            let text = core::str::from_utf8(&line).unwrap_or("");
-            crate::serial::LOG.with(|port| write!(port, "[{name}] {text}\r\n"));
-        }
+    vm.devices.lock().end_line();
+    while vm.devices.lock().lines().0 {
+        serial::LOG.with(|port| vm.print_line(port).map(drop));
     }
     match reason {
         Reason::End(End::Exit(status)) => log::info!("VM {name} ended itself with status {status}"),

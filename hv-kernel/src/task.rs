@@ -199,15 +199,9 @@ impl Thread {
     pub fn write_output(&mut self, ticks: u64) -> bool {
         let start = now();
         loop {
-            let vm = &self.vm;
             // The port first: a line that is taken out is printed.
-            let printed = serial::LOG.try_with(|port| {
-                let line = vm.devices.lock().next_line()?;
-                // What is kept of a line is ASCII.
-                let text = core::str::from_utf8(&line).unwrap_or("");
-                write!(port, "[{}] {text}\r\n", vm.name).ok()
-            });
-            let progress = self.ring.write_one() || matches!(printed, Some(Some(())));
+            let printed = serial::LOG.try_with(|port| self.vm.print_line(port));
+            let progress = self.ring.write_one() || matches!(printed, Some(Ok(true)));
             if !progress {
                 return self.has_written();
             }
@@ -236,6 +230,7 @@ impl Cpu {
         vm.used_by(cpu.bit());
         self.switch_to(Some(thread));
         thread.counters.loads += 1;
+        self.count_load();
         if thread.last_cpu.replace(cpu.index).is_some_and(|last| last != cpu.index) {
             thread.counters.migrations += 1;
         }

@@ -278,6 +278,14 @@ impl Vm {
         }
     }
 
+    /// Prints the next line of output that waits; false if there is none.
+    pub fn print_line(&self, port: &mut dyn fmt::Write) -> Result<bool, fmt::Error> {
+        let Some(line) = self.devices.lock().next_line() else { return Ok(false) };
+        // What is kept of a line is ASCII.
+        let text = core::str::from_utf8(&line).unwrap_or("");
+        write!(port, "[{}] {text}\r\n", self.name).map(|()| true)
+    }
+
     /// Whether it is over.
     pub fn is_over(&self) -> bool {
         self.over.is_completed()
