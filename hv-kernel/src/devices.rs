@@ -132,6 +132,12 @@ impl Devices {
         Self { uart: Uart::default(), console: Console::new() }
     }
 
+    /// Whether a device owns this port.
+    #[inline(always)]
+    pub fn own(port: u16) -> bool {
+        UART.contains(&port) || matches!(port, DEBUG_CONSOLE | DEBUG_EXIT)
+    }
+
     /// IN of `size` bytes. A port that nobody owns reads as all ones.
     pub fn port_read(&mut self, port: u16, size: u8) -> u32 {
         match port {
@@ -164,9 +170,14 @@ impl Devices {
         self.console.ended.pop_front()
     }
 
-    /// Whether lines wait to be printed, and whether as many as there is room for.
-    pub fn lines(&self) -> (bool, bool) {
-        (!self.console.ended.is_empty(), self.console.is_full())
+    /// Whether lines wait to be printed.
+    pub fn has_lines(&self) -> bool {
+        !self.console.ended.is_empty()
+    }
+
+    /// Whether as many do as there is room for.
+    pub fn is_full(&self) -> bool {
+        self.console.is_full()
     }
 
     /// The VM has ended: so has its last line.
@@ -184,6 +195,7 @@ mod tests {
     #[test]
     fn ports_that_nobody_owns_read_as_ones() {
         let mut devices = Devices::new();
+        assert!(!Devices::own(0x80) && Devices::own(0xf4) && Devices::own(0x3ff));
         assert_eq!(devices.port_read(0x80, 1), u32::MAX);
         assert_eq!(devices.port_write(0x80, 1, 5), PortWrite::Done);
         assert_eq!(devices.port_read(0xe9, 1), 0xe9);
@@ -224,7 +236,7 @@ mod tests {
     fn what_there_is_no_room_for_is_not_taken() {
         let mut devices = Devices::new();
         for _ in 0..LINES {
-            assert!(!devices.lines().1);
+            assert!(!devices.is_full());
             assert_eq!(devices.port_write(0xe9, 1, b'\n'.into()), PortWrite::Done);
         }
         assert_eq!(devices.port_write(0xe9, 1, b'x'.into()), PortWrite::Full);
@@ -233,6 +245,6 @@ mod tests {
         assert!(devices.next_line().is_some());
         assert_eq!(devices.port_write(0xe9, 1, b'x'.into()), PortWrite::Done);
         devices.end_line();
-        assert_eq!(devices.lines(), (true, true));
+        assert!(devices.has_lines() && devices.is_full());
     }
 }

@@ -3,9 +3,10 @@
 //! What happens on an exit path is put into a ring of the vCPU, unformatted, and written out in its
 //! turns. The time that this takes is the vCPU's: while much is to be written, its guest waits.
 
-use alloc::collections::VecDeque;
+use alloc::boxed::Box;
 use core::fmt::{self, Write};
 
+use arrayvec::ArrayVec;
 use sld::{MsrWrite, RealBit};
 use vmx::run::AcReport;
 
@@ -55,65 +56,76 @@ struct Record {
 
 /// Events that are not yet written out.
 #[derive(Debug)]
-pub struct Ring(VecDeque<Record>);
+pub struct Ring {
+    records: Box<ArrayVec<Record, RING>>,
+    /// So many of them are written. All are forgotten when all are: the usual case, adding one,
+    /// stays short.
+    written: usize,
+}
 
 impl Ring {
     /// What one takes on the heap.
     #[cfg(not(test))]
-    pub const BYTES: usize = RING * size_of::<Record>();
+    pub const BYTES: usize = size_of::<ArrayVec<Record, RING>>();
 
     /// An empty ring.
     pub fn new() -> Self {
-        Self(VecDeque::with_capacity(RING))
+        Self { records: Box::new(ArrayVec::new()), written: 0 }
     }
 
-    /// Adds an event. Without room the oldest one is written first, however long that takes.
+    /// Adds an event. Without room all are written first, however long that takes.
     #[inline]
     pub fn push(&mut self, stamp: Stamp, subject: Option<Subject>, event: Event) {
-        if self.0.len() == RING {
-            self.make_room();
+        if self.records.is_full() {
+            self.write_all();
         }
-        self.0.push_back(Record { stamp, subject, event });
-    }
-
-    /// Apart, so that the usual case saves no registers for it.
-    #[cold]
-    #[inline(never)]
-    fn make_room(&mut self) {
-        let Some(record) = self.0.pop_front() else { return };
-        serial::EVENTS.with(|out| line(out, record.stamp, |json| record.write(json)));
+        self.records.push(Record { stamp, subject, event });
     }
 
     /// Whether so much is to be written that the guest has to wait.
     pub fn is_over_half(&self) -> bool {
-        self.0.len() > RING / 2
+        self.records.len() - self.written > RING / 2 || self.is_nearly_full()
     }
 
     /// Whether another exit might find no room.
     #[inline]
     pub fn is_nearly_full(&self) -> bool {
-        self.0.len() > RING - MARGIN
+        self.records.len() > RING - MARGIN
     }
 
     /// Whether there is nothing to write.
+    #[inline]
     pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
+        self.records.is_empty()
     }
 
     /// Writes the oldest event out; false if there is none, or another CPU has the port.
     pub fn write_one(&mut self) -> bool {
-        let records = &mut self.0;
-        let written = serial::EVENTS.try_with(|out| {
-            let record = records.pop_front()?;
-            line(out, record.stamp, |json| record.write(json)).ok()
-        });
-        matches!(written, Some(Some(())))
+        let Some(record) = self.records.get(self.written) else { return false };
+        let write = |out: &mut dyn Write| line(out, record.stamp, |json| record.write(json));
+        let written = serial::EVENTS.try_with(write).is_some();
+        if written {
+            self.forget_one();
+        }
+        written
     }
 
-    /// Writes all events out, however long that takes.
+    fn forget_one(&mut self) {
+        self.written += 1;
+        if self.written == self.records.len() {
+            self.records.clear();
+            self.written = 0;
+        }
+    }
+
+    /// Writes all events out, however long that takes. Apart, so that the usual case saves no
+    /// registers for it.
+    #[cold]
+    #[inline(never)]
     pub fn write_all(&mut self) {
-        while !self.0.is_empty() {
-            self.make_room();
+        while let Some(record) = self.records.get(self.written) {
+            serial::EVENTS.with(|out| line(out, record.stamp, |json| record.write(json)));
+            self.forget_one();
         }
     }
 }

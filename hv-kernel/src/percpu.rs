@@ -120,11 +120,12 @@ impl PerCpu {
         own.send(self.apic_id, Ipi::Nmi);
     }
 
-    /// Numbers this CPU's next event; called by itself only.
-    pub fn next_event(&self) -> u64 {
-        let next = self.events.load(Ordering::Relaxed);
-        self.events.store(next + 1, Ordering::Relaxed);
-        next
+    /// Now and here, for this CPU's next event; called by itself only.
+    #[inline]
+    pub fn stamp(&self) -> Stamp {
+        let seq = self.events.load(Ordering::Relaxed);
+        self.events.store(seq + 1, Ordering::Relaxed);
+        Stamp { tsc: now(), cpu: self.index, seq }
     }
 
     /// An NMI came, in the guest or in the hypervisor. Takes no lock, waits for nothing.
@@ -166,8 +167,7 @@ pub fn try_this() -> Option<&'static PerCpu> {
 
 /// Now and here, for an event.
 pub fn stamp() -> Stamp {
-    let (cpu, seq) = try_this().map_or((0, 0), |cpu| (cpu.index, cpu.next_event()));
-    Stamp { tsc: now(), cpu, seq }
+    try_this().map_or(Stamp { tsc: now(), cpu: 0, seq: 0 }, PerCpu::stamp)
 }
 
 /// The CPU with this index, if it has come online.

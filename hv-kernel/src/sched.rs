@@ -208,7 +208,10 @@ impl Cpu {
 
     /// Wakes those whose timers are due.
     pub fn wake_due(&mut self) {
-        while let Some(id) = self.deadlines.pop_due(now()) {
+        // As a rule there is none.
+        while self.deadlines.first().is_some()
+            && let Some(id) = self.deadlines.pop_due(now())
+        {
             let Some(task) = &self.parked[usize::from(id)] else { continue };
             let slot = &task.thread.vm.vcpus[task.thread.index as usize];
             // If somebody else has woken it, the message is on its way.
@@ -297,7 +300,10 @@ impl Cpu {
         let mut start = now();
         self.shared.front.store(task.thread.vruntime, Ordering::Relaxed);
         // Its output is written in its own time.
-        let written = task.thread.write_output(self.policy.slice_ticks / 2);
+        if !task.thread.has_written() {
+            task.thread.write_output(self.policy.slice_ticks / 2);
+        }
+        let written = task.thread.has_written();
         if task.thread.vm.is_over() {
             task.thread.next = Next::Retire;
         }
@@ -316,9 +322,9 @@ impl Cpu {
             Next::Wait if written => return self.park(task, None, false),
             Next::Retire | Next::Wait => {}
             Next::Run | Next::Sleep(_) => {
-                task.thread.woken(now());
+                task.thread.woken(start);
                 task.thread.next = Next::Run;
-                if !task.thread.must_write() {
+                if written || !task.thread.must_write() {
                     let before = task.thread.counters.ticks;
                     self.run_guest(&mut task, self.policy.slice_ticks);
                     // What `publish` has counted meanwhile.
@@ -393,7 +399,7 @@ impl Cpu {
             Some(thread) => {
                 let written = sld::task_switch(&mut self.sld, &thread.sld);
                 if self.report(written).is_some_and(|real_bit| {
-                    thread.push(Event::RealBit(real_bit));
+                    thread.push(self.shared, Event::RealBit(real_bit));
                     true
                 }) {
                     thread.counters.real_bit_writes += 1;
@@ -554,9 +560,12 @@ impl Cpu {
 fn vm_ended(vm: &Vm, counters: &Counters) {
     let name = vm.name;
     let reason = vm.reason().unwrap_or(Reason::Halt);
-    vm.devices.lock().end_line();
-    while vm.devices.lock().lines().0 {
-        serial::LOG.with(|port| vm.print_line(port).map(drop));
+    vm.end_line();
+    while vm.has_lines() {
+        serial::LOG.with(|port| {
+            vm.print_line(port);
+            Ok(())
+        });
     }
     match reason {
         Reason::End(End::Exit(status)) => log::info!("VM {name} ended itself with status {status}"),

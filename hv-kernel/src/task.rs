@@ -3,6 +3,7 @@
 
 use alloc::boxed::Box;
 use alloc::sync::Arc;
+use core::mem;
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use sld::{MsrFault, MsrWrite, RealBit, Task, Verdict, Written};
@@ -16,14 +17,20 @@ use vmx::run::{AcReport, Alone, End, Host, Poll, PortWrite, Stop};
 use vmx::vcpu::Vcpu;
 
 use crate::counters::Counters;
+use crate::devices::Devices;
 use crate::events::{Event, Ring, Subject};
 use crate::guest_memory::GuestMemory;
+use crate::percpu::PerCpu;
 use crate::sched::{Cpu, SldCpu};
 use crate::vm::{Reason, Vm};
-use crate::{memory, percpu, serial};
+use crate::{memory, serial};
 
 /// How many warnings a run prints. Events and counters have all of them.
 const MAX_WARNINGS: u32 = 100;
+
+/// A vCPU that is loaded runs for so many ticks of the TSC, even if others are to be woken
+/// meanwhile: it must get on, whatever came before.
+const SHORTEST: u64 = 5_000;
 
 /// Warnings that may still be printed.
 static WARNINGS_LEFT: AtomicU32 = AtomicU32::new(MAX_WARNINGS);
@@ -178,35 +185,33 @@ impl Thread {
         }
     }
 
-    /// Records an event.
-    #[inline]
-    pub fn push(&mut self, event: Event) {
-        self.ring.push(percpu::stamp(), Some(self.subject()), event);
+    /// Records an event on `cpu`, which is this one.
+    #[inline(always)]
+    pub fn push(&mut self, cpu: &PerCpu, event: Event) {
+        self.ring.push(cpu.stamp(), Some(self.subject()), event);
     }
 
     /// Whether its guest has to wait until some of its output is written.
     pub fn must_write(&self) -> bool {
-        self.ring.is_over_half() || self.vm.devices.lock().lines().1
+        self.ring.is_over_half() || self.vm.devices.lock().is_full()
     }
 
     /// Whether all its output is written.
-    fn has_written(&self) -> bool {
-        self.ring.is_empty() && !self.vm.devices.lock().lines().0
+    #[inline]
+    pub fn has_written(&self) -> bool {
+        self.ring.is_empty() && !self.vm.has_lines()
     }
 
     /// Writes events and its VM's output out until `ticks` have passed, one line at least if
-    /// nobody else is writing. True if nothing is left to write.
-    pub fn write_output(&mut self, ticks: u64) -> bool {
+    /// nobody else is writing.
+    pub fn write_output(&mut self, ticks: u64) {
         let start = now();
         loop {
             // The port first: a line that is taken out is printed.
             let printed = serial::LOG.try_with(|port| self.vm.print_line(port));
-            let progress = self.ring.write_one() || matches!(printed, Some(Ok(true)));
-            if !progress {
-                return self.has_written();
-            }
-            if now().wrapping_sub(start) >= ticks {
-                return self.has_written();
+            let progress = self.ring.write_one() || printed == Some(true);
+            if !progress || now().wrapping_sub(start) >= ticks {
+                return;
             }
         }
     }
@@ -245,7 +250,7 @@ impl Cpu {
                 thread.resident = true;
                 let mut stop = Stop::End(End::PlatformFault);
                 let written = loaded.load_sld(&mut self.sld, &mut thread.sld);
-                let mut running = Running { cpu: self, thread, in_gate: true };
+                let mut running = Running { cpu: self, thread, in_gate: true, fresh: true };
                 running.note(written);
                 running.verify("load");
                 // A faulting MSR 0x33 would leave the guest with a detection that it did not ask
@@ -253,7 +258,7 @@ impl Cpu {
                 while written.is_ok() {
                     let start = now();
                     let slice = ticks.min(running.thread.ticks_left);
-                    let slice = slice.min(running.cpu.ticks_to_deadline(start));
+                    let slice = slice.min(running.cpu.ticks_to_deadline(start).max(SHORTEST));
                     stop = loaded.run(&mut running, slice);
                     let used = now().wrapping_sub(start);
                     running.thread.charge(used);
@@ -269,10 +274,10 @@ impl Cpu {
                     }
                     running.cpu.publish(running.thread, used);
                 }
-                let Running { cpu, thread, in_gate } = running;
+                let Running { cpu, thread, in_gate, .. } = running;
                 let written = loaded.put_sld(&mut cpu.sld, &mut thread.sld);
                 loaded.put();
-                let mut running = Running { cpu, thread, in_gate };
+                let mut running = Running { cpu, thread, in_gate, fresh: false };
                 running.note(written);
                 running.verify("put");
                 if running.in_gate {
@@ -316,6 +321,8 @@ struct Running<'a> {
     thread: &'a mut Thread,
     /// It is inside its VM's gate.
     in_gate: bool,
+    /// Its guest has not run in this turn.
+    fresh: bool,
 }
 
 impl Running<'_> {
@@ -340,12 +347,21 @@ impl Running<'_> {
         );
     }
 
+    /// Records what an operation of `sld` did to the real bit: mostly nothing.
+    #[inline(always)]
     fn note(&mut self, written: Written) {
+        if written != Ok(None) {
+            self.note_write(written);
+        }
+    }
+
+    #[inline(never)]
+    fn note_write(&mut self, written: Written) {
         match written {
             Ok(None) => {}
             Ok(Some(real_bit)) => {
                 self.thread.counters.real_bit_writes += 1;
-                self.thread.push(Event::RealBit(real_bit));
+                self.thread.push(self.cpu.shared, Event::RealBit(real_bit));
             }
             Err(fault) => log::error!("CPU {}: MSR 0x33: {fault}", self.cpu.shared.index),
         }
@@ -382,11 +398,16 @@ impl Host for Running<'_> {
     }
 
     fn port_read(&mut self, port: u16, size: u8) -> u32 {
-        self.thread.vm.devices.lock().port_read(port, size)
+        // A port that nobody owns reads as all ones.
+        if Devices::own(port) { self.thread.vm.port_read(port, size) } else { u32::MAX }
     }
 
     fn port_write(&mut self, port: u16, size: u8, value: u32) -> PortWrite {
-        self.thread.vm.devices.lock().port_write(port, size, value)
+        if Devices::own(port) {
+            self.thread.vm.port_write(port, size, value)
+        } else {
+            PortWrite::Done
+        }
     }
 
     fn mailbox(&self) -> &Mailbox {
@@ -413,7 +434,8 @@ impl Host for Running<'_> {
         }
         self.cpu.receive();
         self.cpu.share();
-        if self.cpu.is_wanted_before(self.thread) { Poll::Yield } else { Poll::GoOn }
+        let fresh = mem::replace(&mut self.fresh, false);
+        if !fresh && self.cpu.is_wanted_before(self.thread) { Poll::Yield } else { Poll::GoOn }
     }
 
     fn map_hole(&mut self, gpa: GuestPhysAddr) -> Alone {
@@ -499,7 +521,7 @@ impl Host for Running<'_> {
     #[inline(always)]
     fn on_ac(&mut self, report: &AcReport) {
         self.thread.counters.split_locks.count(report.verdict);
-        self.thread.push(Event::Ac(*report));
+        self.thread.push(self.cpu.shared, Event::Ac(*report));
         if let Verdict::Warn { first: true, .. } | Verdict::Step { first: true } = report.verdict {
             self.warn(report);
         }
@@ -507,7 +529,7 @@ impl Host for Running<'_> {
 
     #[inline(always)]
     fn on_test_ctrl_write(&mut self, value: u64, result: MsrWrite) {
-        self.thread.push(Event::TestCtrlWrite { value, result });
+        self.thread.push(self.cpu.shared, Event::TestCtrlWrite { value, result });
     }
 
     fn on_real_bit(&mut self, written: RealBit) {

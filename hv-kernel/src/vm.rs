@@ -19,7 +19,7 @@ use vmx::cpuid::{CpuidTable, Offer};
 use vmx::ept::{Ept, MapError, MemoryType, PageSize, Permissions, TableMemory};
 use vmx::mailbox::Mailbox;
 use vmx::msr_policy;
-use vmx::run::End;
+use vmx::run::{End, PortWrite};
 use vmx::setup::Pointers;
 use vmx::vcpu::{Origin, Vcpu, VcpuConfig};
 use vmx::world::register;
@@ -206,6 +206,8 @@ pub struct Vm {
     pub memory: GuestMemory,
     /// Its devices.
     pub devices: Mutex<Devices>,
+    /// Lines of output wait to be printed. Changed with the devices locked.
+    has_lines: AtomicBool,
     /// Holds vCPUs out of the guest. Members are vCPUs.
     pub gate: Gate,
     /// Its vCPUs, as others see them.
@@ -278,12 +280,44 @@ impl Vm {
         }
     }
 
+    /// IN from a port of a device.
+    #[inline(never)]
+    pub fn port_read(&self, port: u16, size: u8) -> u32 {
+        self.devices.lock().port_read(port, size)
+    }
+
+    /// OUT to a port of a device.
+    #[inline(never)]
+    pub fn port_write(&self, port: u16, size: u8, value: u32) -> PortWrite {
+        let mut devices = self.devices.lock();
+        let done = devices.port_write(port, size, value);
+        self.has_lines.store(devices.has_lines(), Ordering::Relaxed);
+        done
+    }
+
+    /// Whether output waits to be printed.
+    #[inline]
+    pub fn has_lines(&self) -> bool {
+        self.has_lines.load(Ordering::Relaxed)
+    }
+
+    /// The VM has ended: so has its last line of output.
+    pub fn end_line(&self) {
+        let mut devices = self.devices.lock();
+        devices.end_line();
+        self.has_lines.store(devices.has_lines(), Ordering::Relaxed);
+    }
+
     /// Prints the next line of output that waits; false if there is none.
-    pub fn print_line(&self, port: &mut dyn fmt::Write) -> Result<bool, fmt::Error> {
-        let Some(line) = self.devices.lock().next_line() else { return Ok(false) };
-        // What is kept of a line is ASCII.
+    pub fn print_line(&self, port: &mut dyn fmt::Write) -> bool {
+        let mut devices = self.devices.lock();
+        let line = devices.next_line();
+        self.has_lines.store(devices.has_lines(), Ordering::Relaxed);
+        drop(devices);
+        let Some(line) = line else { return false };
+        // What is kept of a line is ASCII, and a port takes everything.
         let text = core::str::from_utf8(&line).unwrap_or("");
-        write!(port, "[{}] {text}\r\n", self.name).map(|()| true)
+        write!(port, "[{}] {text}\r\n", self.name).is_ok()
     }
 
     /// Whether it is over.
@@ -414,6 +448,7 @@ impl Factory<'_> {
             placement,
             memory: guest_memory,
             devices: Mutex::new(Devices::new()),
+            has_lines: AtomicBool::new(false),
             gate: Gate::new(),
             vcpus: (first..end)
                 .map(|id| Slot {
