@@ -127,7 +127,9 @@ impl Gate {
     /// Whether `member`, which is inside, is to leave because another one holds the gate.
     #[inline]
     pub fn wants_out(&self, member: u32) -> bool {
-        holder(self.0.load(Acquire)).is_some_and(|holder| holder != member)
+        // As a rule nobody holds it.
+        let word = self.0.load(Acquire);
+        word >> HOLDER_SHIFT != 0 && holder(word) != Some(member)
     }
 
     /// The holder lets the others go on. A mask of those that were held, to be woken.

@@ -4,6 +4,7 @@
 use alloc::collections::BinaryHeap;
 use alloc::collections::binary_heap::PeekMut;
 use core::cmp::Ordering;
+use core::mem;
 
 /// One that waits.
 struct Entry<T> {
@@ -81,6 +82,25 @@ impl<T> RunQueue<T> {
         heap.pop().map(|entry| (entry.vruntime, entry.item))
     }
 
+    /// A push and a pop in one, which costs half: for the item that has just had its turn.
+    pub fn push_pop(&mut self, vruntime: u64, movable: bool, item: T) -> (u64, T) {
+        let from_movable = self.movable.peek() > self.fixed.peek();
+        let heap = if from_movable { &mut self.movable } else { &mut self.fixed };
+        let entry = Entry { vruntime, order: self.pushed, item };
+        let comes_later = heap.peek().is_some_and(|first| *first > entry);
+        if comes_later && movable == from_movable {
+            self.pushed += 1;
+            let mut first = heap.peek_mut().expect("it was there just now");
+            let first = mem::replace(&mut *first, entry);
+            return (first.vruntime, first.item);
+        }
+        if !comes_later {
+            return (vruntime, entry.item);
+        }
+        self.push(vruntime, movable, entry.item);
+        self.pop().expect("one was pushed just now")
+    }
+
     /// The smallest virtual time.
     pub fn peek(&self) -> Option<u64> {
         self.movable.peek().max(self.fixed.peek()).map(|entry| entry.vruntime)
@@ -108,6 +128,26 @@ impl<T> RunQueue<T> {
 mod tests {
     use super::*;
     use crate::deadlines::tests::Random;
+
+    #[test]
+    fn a_push_and_a_pop_in_one_are_the_same_as_both() {
+        let mut random = Random::new();
+        let (mut one, mut two) = (RunQueue::new(9), RunQueue::new(9));
+        for number in 0..5_000 {
+            let (vruntime, movable) = (random.below(20), random.below(3) != 0);
+            if random.below(3) == 0 {
+                assert_eq!(one.pop(), two.pop());
+            } else if one.len() < 8 && random.below(2) == 0 {
+                one.push(vruntime, movable, number);
+                two.push(vruntime, movable, number);
+            } else {
+                let popped = one.push_pop(vruntime, movable, number);
+                two.push(vruntime, movable, number);
+                assert_eq!(Some(popped), two.pop());
+            }
+            assert_eq!((one.len(), one.peek()), (two.len(), two.peek()));
+        }
+    }
 
     #[test]
     fn the_smallest_comes_first_and_among_equals_the_first() {

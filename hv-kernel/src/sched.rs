@@ -49,6 +49,8 @@ static DONE: AtomicBool = AtomicBool::new(false);
 
 /// The weight that changes nothing.
 const USUAL_WEIGHT: u64 = 100;
+/// How many slices a task may be ahead or behind when it comes to a CPU.
+const MAX_LAG_SLICES: u64 = 4;
 /// What a wake-up costs others, in ticks of the TSC: a kick, and two switches. Whoever is woken
 /// pays for it in virtual time, so that vCPUs which wake each other all the time do not live on
 /// the time of those whom they interrupt.
@@ -116,7 +118,7 @@ pub struct Cpu {
     parked: Vec<Option<Box<VcpuTask>>>,
     /// When those of them that have a timer are to be woken.
     deadlines: Deadlines,
-    /// The virtual time of the task that ran last: nobody who wakes is far behind it.
+    /// The highest virtual time of a task that ran here: nobody who wakes is far behind it.
     floor: u64,
     /// The next CPU to even out with.
     neighbour: u32,
@@ -151,17 +153,24 @@ impl Cpu {
 
     /// Runs tasks until all VMs are done with.
     pub fn run(&mut self) {
+        // The task that has just had its turn, and wants another one.
+        let mut last: Option<Box<VcpuTask>> = None;
         while !DONE.load(Ordering::Acquire) {
             self.shared.kicked.store(false, Ordering::Relaxed);
             self.receive();
             self.wake_due();
-            match self.queue.pop() {
-                Some((vruntime, task)) => {
-                    self.floor = self.floor.max(vruntime);
+            let next = match last.take() {
+                Some(task) => {
+                    Some(self.queue.push_pop(task.thread.vruntime, task.is_movable(), task))
+                }
+                None => self.queue.pop(),
+            };
+            match next {
+                Some((_, task)) => {
                     // Of those that have to wait for it.
                     self.share();
                     self.even_out();
-                    self.turn(task);
+                    last = self.turn(task);
                 }
                 None => self.wait(),
             }
@@ -175,7 +184,7 @@ impl Cpu {
     pub fn receive(&mut self) {
         while !self.shared.inbox.is_empty() {
             match self.shared.inbox.pop() {
-                Some(Message::Take(task)) => self.enqueue(task),
+                Some(Message::Take(task)) => self.welcome(task),
                 Some(Message::Wake(id)) => {
                     self.deadlines.remove(id);
                     self.wake(id);
@@ -183,6 +192,19 @@ impl Cpu {
                 None => {}
             }
         }
+    }
+
+    /// A task comes from another CPU, where time may have gone faster or slower: whatever it was
+    /// ahead or behind there, it neither waits for long here nor has the others wait.
+    fn welcome(&mut self, mut task: Box<VcpuTask>) {
+        // Without a task there is nobody to compare with.
+        if self.shared.front.load(Ordering::Relaxed) != u64::MAX {
+            let lag = MAX_LAG_SLICES.saturating_mul(self.policy.slice_ticks);
+            let least = self.floor.saturating_sub(lag);
+            task.thread.vruntime =
+                task.thread.vruntime.clamp(least, self.floor.saturating_add(lag));
+        }
+        self.enqueue(task);
     }
 
     fn enqueue(&mut self, task: Box<VcpuTask>) {
@@ -221,9 +243,13 @@ impl Cpu {
         }
     }
 
-    /// Whether nobody else waits for this CPU.
-    pub fn is_idle_otherwise(&self) -> bool {
-        self.queue.len() == 0
+    /// Whether nobody else waits for this CPU, also of those that were sent or are due just now.
+    pub fn is_idle_otherwise(&mut self) -> bool {
+        self.queue.len() == 0 && {
+            self.receive();
+            self.wake_due();
+            self.queue.len() == 0
+        }
     }
 
     /// Whether a task that waits here comes before the one that runs.
@@ -292,11 +318,12 @@ impl Cpu {
     pub fn publish(&mut self, thread: &mut Thread, ticks: u64) {
         thread.counters.ticks += ticks;
         thread.vruntime += ticks * USUAL_WEIGHT / u64::from(thread.vm.placement.weight);
+        self.floor = self.floor.max(thread.vruntime);
         self.shared.front.store(thread.vruntime, Ordering::Relaxed);
     }
 
-    /// One turn of a task, and where it goes after that.
-    fn turn(&mut self, mut task: Box<VcpuTask>) {
+    /// One turn of a task. It is given back if it wants another one here.
+    fn turn(&mut self, mut task: Box<VcpuTask>) -> Option<Box<VcpuTask>> {
         let mut start = now();
         self.shared.front.store(task.thread.vruntime, Ordering::Relaxed);
         // Its output is written in its own time.
@@ -312,14 +339,21 @@ impl Cpu {
             thread.vm.vcpus[thread.index as usize].mailbox.is_empty()
         };
         match task.thread.next {
-            Next::Retire if written => return self.retire(task),
+            Next::Retire if written => {
+                self.retire(task);
+                return None;
+            }
             // What waits for a vCPU that sleeps wakes it.
             Next::Sleep(until) if mailbox_empty && until.is_none_or(|until| until > now()) => {
                 if written {
-                    return self.park(task, until, until.is_none());
+                    self.park(task, until, until.is_none());
+                    return None;
                 }
             }
-            Next::Wait if written => return self.park(task, None, false),
+            Next::Wait if written => {
+                self.park(task, None, false);
+                return None;
+            }
             Next::Retire | Next::Wait => {}
             Next::Run | Next::Sleep(_) => {
                 task.thread.woken(start);
@@ -333,20 +367,16 @@ impl Cpu {
             }
         }
         self.publish(&mut task.thread, now().saturating_sub(start));
-        self.requeue(task);
-    }
-
-    /// A task that has had its turn waits for the next one, here or elsewhere.
-    fn requeue(&mut self, task: Box<VcpuTask>) {
         if let Some(limit) = self.policy.migrate_exits
             && task.exits() - task.thread.exits_on_arrival >= limit
         {
             let others = percpu::online() & task.thread.vm.placement.cpus & !self.shared.bit();
             if let Some(target) = percpu::next(others, self.shared.index) {
-                return self.give(task, target);
+                self.give(task, target);
+                return None;
             }
         }
-        self.enqueue(task);
+        Some(task)
     }
 
     /// A task sleeps until it is woken: by a message, or at `until`.

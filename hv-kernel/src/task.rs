@@ -262,13 +262,11 @@ impl Cpu {
                     stop = loaded.run(&mut running, slice);
                     let used = now().wrapping_sub(start);
                     running.thread.charge(used);
-                    running.cpu.receive();
-                    running.cpu.wake_due();
                     let goes_on = stop == Stop::Slice
+                        && running.in_gate
                         && running.cpu.is_idle_otherwise()
                         && running.thread.ticks_left != 0
-                        && running.thread.has_written()
-                        && running.in_gate;
+                        && running.thread.has_written();
                     if !goes_on {
                         break;
                     }
@@ -432,10 +430,13 @@ impl Host for Running<'_> {
         if self.thread.vm.gate.wants_out(self.thread.index) {
             return Poll::Held;
         }
+        // The scheduler has just looked at everything else, and a vCPU that is loaded gets on.
+        if mem::replace(&mut self.fresh, false) {
+            return Poll::GoOn;
+        }
         self.cpu.receive();
         self.cpu.share();
-        let fresh = mem::replace(&mut self.fresh, false);
-        if !fresh && self.cpu.is_wanted_before(self.thread) { Poll::Yield } else { Poll::GoOn }
+        if self.cpu.is_wanted_before(self.thread) { Poll::Yield } else { Poll::GoOn }
     }
 
     fn map_hole(&mut self, gpa: GuestPhysAddr) -> Alone {

@@ -245,6 +245,18 @@ const DR6_B: u64 = 0xf;
 /// DR6: B0 to B3, BD, BS.
 const DR6_CAUSES: u64 = DR6_B | 1 << 13 | 1 << 14;
 
+/// Whether the guest executes, after an exit for this reason, the same instruction again, or
+/// takes an event instead.
+const fn comes_back(reason: BasicReason) -> bool {
+    matches!(
+        reason,
+        BasicReason::EPT_VIOLATION
+            | BasicReason::EXCEPTION_OR_NMI
+            | BasicReason::EXTERNAL_INTERRUPT
+            | BasicReason::PREEMPTION_TIMER
+    )
+}
+
 /// What an exit handler decides.
 type Handled = Result<(), Stop>;
 
@@ -257,8 +269,9 @@ impl From<End> for Stop {
 impl Loaded<'_> {
     /// Runs the guest for at most `ticks` of the TSC, time in the hypervisor included.
     pub fn run(&mut self, host: &mut impl Host, ticks: u64) -> Stop {
-        self.vcpu.stop_at = now().saturating_add(ticks);
-        let stop = match self.run_until_stop(host) {
+        let now = now();
+        self.vcpu.stop_at = now.saturating_add(ticks);
+        let stop = match self.run_until_stop(host, now) {
             Ok(never) => match never {},
             Err(stop) => stop,
         };
@@ -268,8 +281,8 @@ impl Loaded<'_> {
         }
     }
 
-    fn run_until_stop(&mut self, host: &mut impl Host) -> Result<Infallible, Stop> {
-        self.attend(host, now())?;
+    fn run_until_stop(&mut self, host: &mut impl Host, start: u64) -> Result<Infallible, Stop> {
+        self.attend(host, start, None)?;
         loop {
             // SAFETY: `self` proves that this vCPU's VMCS is current here and that the host state
             // is this CPU's; interrupts are off (contract of `load`).
@@ -287,17 +300,21 @@ impl Loaded<'_> {
             // timer stands still, nor have its own timer late for it.
             let now = now();
             if now >= self.vcpu.attention_at {
-                self.attend(host, now)?;
+                self.attend(host, now, Some(reason.basic()))?;
             }
         }
     }
 
     /// It is `now`, and something besides the guest's instructions may be due: the end of the
     /// turn, an order of the host, what other vCPUs have posted, the guest's timer, the end of a
-    /// step or its beginning.
+    /// step or its beginning. `after`: the exit before, if there was one.
     #[inline(never)]
-    fn attend(&mut self, host: &mut impl Host, now: u64) -> Handled {
+    fn attend(&mut self, host: &mut impl Host, now: u64, after: Option<BasicReason>) -> Handled {
         self.end_split_lock_step(host)?;
+        // An instruction that exits is carried out by the hypervisor, and no trap comes after it.
+        if self.vcpu.step.contains(Step::HOLE) && !after.is_some_and(comes_back) {
+            self.step_done(host);
+        }
         if self.vcpu.step.contains(Step::HOLE) {
             // Others wait for this one instruction: everything else has to. A kick that comes now
             // costs one more exit.
@@ -637,7 +654,7 @@ impl Loaded<'_> {
     fn hlt(&mut self, host: &mut impl Host) -> Handled {
         self.skip_instruction();
         self.vcpu.activity = Activity::Halted;
-        self.attend(host, now())
+        self.attend(host, now(), Some(BasicReason::HLT))
     }
 
     /// Whether a vCPU that has executed HLT, or was reset, may go on: only an event ends that.

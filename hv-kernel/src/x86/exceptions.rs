@@ -250,6 +250,8 @@ extern "C" fn handle(frame: &mut Frame) {
     }
     if frame.vector == u64::from(apic::TIMER_VECTOR) {
         LocalApic::current().end_of_interrupt();
+        // Should it come between STI and HLT, which it does on the reference machine at times.
+        frame.rip = idle::woken(frame.rip);
         return;
     }
     if frame.vector == u64::from(apic::SPURIOUS_VECTOR) {
