@@ -1,8 +1,9 @@
 //! `cargo xtask bench`: what VM exits cost, counted in instructions on the reference machine.
 //!
 //! The guest `bench` times its own exits by RDTSC. The shim's profile of the same run says which
-//! functions of the hypervisor the instructions belong to; it also gives the one row that no guest
-//! can measure from inside, the switch between two vCPUs.
+//! functions of the hypervisor the instructions belong to; it also gives the rows that no guest can
+//! measure from inside, the switches between vCPUs, and what the same exits take on several CPUs, whose
+//! common time-stamp counter counts no single CPU's instructions.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -16,12 +17,12 @@ use serde::Serialize;
 use crate::bare::root;
 use crate::config::{HvConfig, Setup, SldMode, Source, Vm};
 use crate::console::Step;
-use crate::events::{Body, parse_lines};
+use crate::events::{Body, Event, parse_lines};
+use crate::guests;
 use crate::machine::{self, MachineConfig};
 use crate::profile::{Functions, Visit};
 use crate::report::{align, judge};
 use crate::system::System;
-use crate::{guests, target_directory};
 
 /// Arguments of `bench`.
 #[derive(Args, Debug)]
@@ -43,13 +44,23 @@ const GUEST: &str = "bench";
 const MEMORY_MIB: u32 = 64;
 /// Where the committed figures stand, relative to the root.
 const DOCUMENT: &str = "docs/performance.md";
-/// The row that a second run gives, of two guests that do nothing.
-const SWITCH: &str = "vcpu_switch";
+/// Rows of runs of their own, of guests that do nothing on one CPU: so many vCPUs take turns.
+const SWITCHES: [(&str, u64); 3] =
+    [("vcpu_switch", 2), ("vcpu_switch_8", 8), ("vcpu_switch_64", 64)];
 /// Exit reason "VMX-preemption timer expired".
 const PREEMPTION_TIMER: u16 = 52;
-/// A vCPU's turn in that run, and how long the guests go on, in ticks: 100 turns.
+/// A vCPU's turn in these runs, in ticks.
 const SLICE: u64 = 20_000;
-const SPIN: u64 = 100 * SLICE;
+/// How many turns there are at least, in total and of each vCPU.
+const TURNS: u64 = 100;
+const OWN_TURNS: u64 = 3;
+/// Memory of a guest that does nothing.
+const SPINNING_MIB: u32 = 4;
+/// CPUs of the larger machine, and executions of each row there.
+const CPUS: u32 = 4;
+const EXECUTIONS: u32 = 20;
+/// Memory of the machine: that of 64 guests that do nothing, and as much again.
+const MACHINE_MIB: u32 = 512;
 
 /// Functions with fewer instructions have no line in the document.
 const PROFILE_LEAST: u64 = 5;
@@ -88,7 +99,9 @@ const ROWS: &[Row] = &[
     row("ac_legacy", "#AC by legacy alignment checking", Some(250), "1740"),
     row("ac_split_lock", "#AC by the guest's own split-lock detection", Some(250), ""),
     row("hlt_pending", "STI and HLT with an interrupt pending, and its handler", None, ""),
-    row(SWITCH, "from one vCPU's exit to another's entry", Some(700), ""),
+    row("vcpu_switch", "from one vCPU's exit to another's entry, 2 on a CPU", Some(700), ""),
+    row("vcpu_switch_8", "the same with 8", Some(700), ""),
+    row("vcpu_switch_64", "the same with 64", Some(700), ""),
 ];
 
 /// Least and median ticks, or why there are none.
@@ -100,6 +113,8 @@ pub struct Measured {
     figures: Figures,
     /// The hypervisor's instructions in the most frequent course of the row's exit, by function.
     functions: Vec<(String, u64)>,
+    /// The hypervisor's instructions, the median: on one CPU, on one of four, on all of four.
+    in_hypervisor_on: [Option<u64>; 3],
 }
 
 impl Measured {
@@ -111,6 +126,13 @@ impl Measured {
     /// The median of what the guest measured: its own instructions and the hypervisor's.
     pub fn median(&self) -> Option<u64> {
         self.figures.as_ref().ok().map(|(_, median)| *median)
+    }
+
+    /// The median of the hypervisor's instructions, where the row has an exit that was measured so: on a
+    /// machine of one CPU, on one CPU of four while the others idle, and on all four.
+    pub fn on_cpus(&self) -> Option<[u64; 3]> {
+        let [one, one_of_four, four] = self.in_hypervisor_on;
+        Some([one?, one_of_four?, four?])
     }
 
     /// The hypervisor's instructions in the most frequent course of the row's exit, as the machine
@@ -141,7 +163,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     if args.profile {
         println!("{}", profile_text(&measured, 1));
     }
-    print!("{}", table(&measured, &previous));
+    print!("{}\n{}", table(&measured, &previous), cpus_table(&measured));
     if let Some(path) = &args.json {
         let json = serde_json::to_string_pretty(&json(&measured))? + "\n";
         fs::write(path, json).with_context(|| format!("cannot write {}", path.display()))?;
@@ -150,6 +172,7 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         let text = replace(&text, "figures", &markdown(&measured))?;
         let profile = format!("```text\n{}```\n", profile_text(&measured, PROFILE_LEAST));
         let text = replace(&text, "profile", &profile)?;
+        let text = replace(&text, "cpus", &cpus_markdown(&measured))?;
         fs::write(&document, text).with_context(|| format!("cannot write {DOCUMENT}"))?;
     }
     Ok(())
@@ -165,39 +188,48 @@ pub fn measure(system: &System) -> Result<Vec<Measured>> {
     let step = Step::start("Measuring");
     let registered = guests::find(GUEST).context("the guest is not registered")?;
     let vm = Vm { memory_mib: MEMORY_MIB, ..Vm::of_guest(registered) };
-    let exits = run_machine(system, &config("", vec![vm.clone()])?)?;
-    let spinning = |name: &str| Vm {
-        name: name.to_owned(),
-        expose_sld: false,
-        cmdline: format!("spin={SPIN}"),
+    // On the machine's CPU 0, while others are busy, an interrupt may come between STI and HLT: the emulator
+    // counts VM exits of other CPUs as instructions of that one. It has nothing to do.
+    let pinned = |cpu: u32| Vm {
+        name: format!("{GUEST}-{cpu}"),
+        cpus: Some(vec![cpu + 1]),
+        cmdline: format!("n={EXECUTIONS}"),
         ..vm.clone()
     };
-    let slice = format!("slice_ticks = {SLICE}\n");
-    let switches = run_machine(system, &config(&slice, vec![spinning("one"), spinning("two")])?)?;
+    let all = (0..CPUS).map(pinned).collect();
+    let exits = [
+        run_machine(system, &setup(None, vec![vm.clone()])?, 1)?,
+        run_machine(system, &setup(None, vec![pinned(0)])?, CPUS + 1)?,
+        run_machine(system, &setup(None, all)?, CPUS + 1)?,
+    ];
+    let mut switches = BTreeMap::new();
+    for (name, vcpus) in SWITCHES {
+        switches.insert(name, switches_of(system, &vm, vcpus)?);
+    }
     step.done();
 
     let read = |file: &Path| fs::read(file).with_context(|| format!("{}", file.display()));
     let (guest, kernel) = (read(system.guest(GUEST)?)?, read(system.kernel())?);
     let (guest, kernel) = (Functions::of(&guest)?, Functions::of(&kernel)?);
 
-    let mut printed = printed(&exits.serial)?;
+    let mut printed = printed(&exits[0].serial)?;
     let mut measured = Vec::new();
     for row in ROWS {
-        let visits: Vec<&Visit> = if row.name == SWITCH {
-            let by_timer = |visit: &&Visit| visit.switched && visit.reason == PREEMPTION_TIMER;
-            switches.visits.iter().filter(by_timer).collect()
+        let (figures, visits, in_hypervisor_on) = if let Some(run) = switches.get(row.name) {
+            let visits = run.visits(|visit| visit.switched && visit.reason == PREEMPTION_TIMER);
+            (figures(&visits), visits, [None; 3])
         } else {
             let code = format!("{GUEST}::{}::timed", row.name);
-            let of_row = |visit: &&Visit| guest.symbol(visit.guest) == Some(&code);
-            exits.visits.iter().filter(of_row).collect()
-        };
-        let figures = match row.name {
-            SWITCH => figures(&visits),
-            name => printed.remove(name).with_context(|| format!("no row {name}"))?,
+            let of_row = |visit: &Visit| guest.symbol(visit.guest) == Some(&code);
+            let median = |run: &Run| figures(&run.visits(of_row)).ok().map(|(_, median)| median);
+            let figures =
+                printed.remove(row.name).with_context(|| format!("no row {}", row.name))?;
+            (figures, exits[0].visits(of_row), exits.each_ref().map(median))
         };
         let usual = visits.iter().max_by_key(|visit| visit.count);
         let functions = usual.map(|visit| visit.by_function(&kernel)).transpose()?;
-        measured.push(Measured { row, figures, functions: functions.unwrap_or_default() });
+        let functions = functions.unwrap_or_default();
+        measured.push(Measured { row, figures, functions, in_hypervisor_on });
     }
     if let Some(name) = printed.keys().next() {
         bail!("the guest measured {name:?}, of which nothing is known here");
@@ -205,27 +237,60 @@ pub fn measure(system: &System) -> Result<Vec<Measured>> {
     Ok(measured)
 }
 
-/// A configuration of these VMs with one image, `settings` before them.
-fn config(settings: &str, vms: Vec<Vm>) -> Result<Setup> {
+/// A run of so many vCPUs that take turns on one CPU and do nothing else. Their settings are the same,
+/// so that no switch may write MSR 0x33.
+fn switches_of(system: &System, vm: &Vm, vcpus: u64) -> Result<Run> {
+    let spin = SLICE * TURNS.max(OWN_TURNS * vcpus);
+    let spinning = |number| Vm {
+        name: format!("{GUEST}-{number}"),
+        memory_mib: SPINNING_MIB,
+        expose_sld: false,
+        cmdline: format!("spin={spin}"),
+        ..vm.clone()
+    };
+    let run = run_machine(system, &setup(Some(SLICE), (1..=vcpus).map(spinning).collect())?, 1)?;
+    let written = run.events.iter().find(|event| match &event.body {
+        Body::RealBit { why, .. } => !matches!(&**why, "boot" | "offline"),
+        _ => false,
+    });
+    match written {
+        Some(event) => bail!("MSR 0x33 was written though all vCPUs want the same: {event:?}"),
+        None => Ok(run),
+    }
+}
+
+/// A configuration of these VMs with one image.
+fn setup(slice_ticks: Option<u64>, vms: Vec<Vm>) -> Result<Setup> {
     let images = vec![(vms[0].image.clone(), Source::Registered(GUEST))];
-    let vms = HvConfig { sld: SldMode::Warn, vms }.to_text()?;
-    Ok(Setup { config: format!("{settings}{vms}"), images })
+    let config = HvConfig { slice_ticks, ..HvConfig::new(SldMode::Warn, vms) }.to_text()?;
+    Ok(Setup { config, images })
 }
 
 /// What a run left.
 struct Run {
     serial: String,
+    events: Vec<Event>,
     visits: Vec<Visit>,
 }
 
-fn run_machine(system: &System, setup: &Setup) -> Result<Run> {
-    let image = target_directory().join(format!("bench-{}.img", std::process::id()));
-    let config = MachineConfig { image, profile: true, ..MachineConfig::default() };
-    system.disk(setup, &config.image)?;
-    let recording = machine::record(&config, &mut |_| {});
-    // A leftover in the target directory does no harm.
-    let _ = fs::remove_file(&config.image);
-    let recording = recording?;
+impl Run {
+    fn visits(&self, wanted: impl Fn(&Visit) -> bool) -> Vec<&Visit> {
+        self.visits.iter().filter(|visit| wanted(visit)).collect()
+    }
+}
+
+fn run_machine(system: &System, setup: &Setup, cpus: u32) -> Result<Run> {
+    let disk = system.temporary_disk(setup)?;
+    let config = MachineConfig {
+        image: disk.path().to_owned(),
+        cpus: cpus.into(),
+        memory_mib: MACHINE_MIB,
+        // Output is none of the figures, but most of the run.
+        ips: 1_000_000,
+        profile: true,
+        ..MachineConfig::default()
+    };
+    let recording = machine::record(&config, &mut |_| {})?;
     let visits = parse_lines(&recording.profile).context("profile")?;
     let outcome = recording.parse()?;
     if let Err(why) = judge(&outcome) {
@@ -237,7 +302,7 @@ fn run_machine(system: &System, setup: &Setup) -> Result<Run> {
             ensure!(right, "VM {vm} ended with {reason} {status:?}\n{}", outcome.serial);
         }
     }
-    Ok(Run { serial: outcome.serial, visits })
+    Ok(Run { serial: outcome.serial, events: outcome.events, visits })
 }
 
 /// The rows among the lines of a log, by name.
@@ -307,6 +372,20 @@ fn table(measured: &[Measured], previous: &BTreeMap<String, u64>) -> String {
     align(&rows)
 }
 
+/// What the hypervisor takes for an exit on one CPU and on several.
+fn cpus_table(measured: &[Measured]) -> String {
+    let mut rows = vec![["in the hypervisor", "1 CPU", "1 of 4", "4 of 4"].map(str::to_owned)];
+    for (name, counts) in on_cpus(measured) {
+        let [one, one_of_four, four] = counts.map(|count| count.to_string());
+        rows.push([name.to_owned(), one, one_of_four, four]);
+    }
+    align(&rows)
+}
+
+fn on_cpus(measured: &[Measured]) -> impl Iterator<Item = (&str, [u64; 3])> {
+    measured.iter().filter_map(|row| Some((row.name(), row.on_cpus()?)))
+}
+
 /// For each row its instructions by function. Functions with fewer than `least` are summed up.
 fn profile_text(measured: &[Measured], least: u64) -> String {
     let mut text = String::new();
@@ -338,6 +417,15 @@ fn markdown(measured: &[Measured]) -> String {
         };
         let aim = aim.map_or_else(String::new, |aim| aim.to_string());
         let _ = writeln!(text, "| `{name}` | {what} | {ticks} | {aim} | {kvm} |");
+    }
+    text
+}
+
+/// The table of several CPUs for the document.
+fn cpus_markdown(measured: &[Measured]) -> String {
+    let mut text = "| row | 1 CPU | 1 of 4 | 4 of 4 |\n|---|---:|---:|---:|\n".to_owned();
+    for (name, [one, one_of_four, four]) in on_cpus(measured) {
+        let _ = writeln!(text, "| {name} | {one} | {one_of_four} | {four} |");
     }
     text
 }
@@ -403,6 +491,11 @@ mod tests {
             row,
             figures: figures(row.name),
             functions: vec![("enter".to_owned(), 60)],
+            in_hypervisor_on: if row.name == "cpuid" {
+                [150, 151, 152].map(Some)
+            } else {
+                [None; 3]
+            },
         };
         ROWS.iter().map(measured).collect()
     }
@@ -416,6 +509,9 @@ mod tests {
         assert_eq!(medians(&updated), BTreeMap::from([("cpuid".to_owned(), 151)]));
         assert_eq!(replace(&updated, "figures", "old\n").unwrap(), document);
         assert!(replace(document, "profile", "").is_err());
+        let several = cpus_markdown(&measured());
+        assert!(several.ends_with("---:|\n| cpuid | 150 | 151 | 152 |\n"), "{several}");
+        assert!(medians(&several).is_empty());
     }
 
     #[test]
@@ -425,6 +521,8 @@ mod tests {
         let words: Vec<&str> = line.split_whitespace().collect();
         assert_eq!(words, ["cpuid", "140", "151", "185", "150", "1", "too", "many"]);
         assert_eq!(json(&measured()).len(), 1);
+        let several = cpus_table(&measured());
+        assert!(several.ends_with("\ncpuid              150    151     152\n"), "{several}");
     }
 
     #[test]
@@ -432,7 +530,8 @@ mod tests {
         let guest = root().join("tests/guests/src/bin/bench.rs");
         let guest = fs::read_to_string(guest).unwrap();
         let rows = guest.lines().filter_map(|line| line.strip_prefix("row!(")?.split_once(','));
-        let mut names: Vec<&str> = rows.map(|(name, _)| name).chain([SWITCH]).collect();
+        let switches = SWITCHES.map(|(name, _)| name);
+        let mut names: Vec<&str> = rows.map(|(name, _)| name).chain(switches).collect();
         let mut known: Vec<&str> = ROWS.iter().map(|row| row.name).collect();
         names.sort_unstable();
         known.sort_unstable();

@@ -5,22 +5,16 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use object::{Object, ObjectSymbol};
 
 use crate::cache::{self, Root};
 use crate::console;
-use crate::machine::{MachineConfig, Quirk, SldScope};
+use crate::machine::{MachineConfig, Quirk};
+use crate::topology::Topology;
 
 /// The oldest release that will do: 3.0 lacks UEFI support, 2.7 the monitor trap flag too.
 pub const OLDEST: Version = Version(3, 1);
-
-/// Instructions a second of machine time, which decides how many instructions a device's delay costs.
-///
-/// All delays of a PC (BIOS, disk, UART) are in machine time. At 100 million a character on the UART
-/// costs 8,680 ticks and the BIOS 300 million; at 4 million it is 347 and 16 million, and yet a timer
-/// tick of 1 kHz leaves 4,000 instructions between two interrupts. Down to 1 million the BIOS boots.
-const INSTRUCTIONS_PER_SECOND: u32 = 4_000_000;
 
 /// Machine time at power on, in seconds since 1970: always the same, for the same run every time.
 const BOOT_TIME: u32 = 946_684_800;
@@ -221,7 +215,7 @@ impl Bochs {
     /// Writes the machine's configuration into its directory.
     ///
     /// # Errors
-    /// If the model is unknown or a file cannot be written.
+    /// If Bochs lacks the model or cannot arrange so many CPUs, or a file cannot be written.
     pub fn configure(
         &self,
         config: &MachineConfig,
@@ -233,6 +227,7 @@ impl Bochs {
         if !models.contains(&config.model) {
             bail!("unknown CPU model {:?}; {self} has: {}", config.model, models.join(" "));
         }
+        check_topology(config.cpus)?;
         fs::write(directory.join(file::CONFIG), bochsrc(config, disk, serial))?;
         if config.sld {
             let lines: String = sld_msrs(config.quirk).into_iter().map(msr_line).collect();
@@ -254,6 +249,25 @@ fn has_hooks(program: &Path) -> Result<()> {
     Ok(())
 }
 
+/// Whether Bochs can arrange CPUs like that. The bounds are those of 3.1.
+fn check_topology(topology: Topology) -> Result<()> {
+    /// Its timers: 64, of which each CPU takes four and the machine's devices more than four.
+    const CPUS: u64 = 14;
+    const CORES: u32 = 8;
+    /// It numbers APIC IDs without gaps, but CPUID leaf 0xB gives the thread a whole number of their bits.
+    const THREADS: [u32; 3] = [1, 2, 4];
+
+    let Topology { cores, threads, .. } = topology;
+    let cpus = topology.cpus();
+    ensure!(cpus <= CPUS, "Bochs makes machines of at most {CPUS} CPUs, not {cpus}");
+    ensure!(cores <= CORES, "Bochs makes packages of at most {CORES} cores, not {cores}");
+    ensure!(
+        THREADS.contains(&threads),
+        "Bochs makes cores of 1, 2 or 4 threads, not {threads} ({topology})"
+    );
+    Ok(())
+}
+
 /// The list behind "Supported CPU models:", one a line.
 fn models_in(help: &str) -> Vec<String> {
     let Some((_, list)) = help.split_once("Supported CPU models:") else {
@@ -265,11 +279,7 @@ fn models_in(help: &str) -> Vec<String> {
 
 /// The configuration file. Paths are relative to the machine's directory.
 fn bochsrc(config: &MachineConfig, disk: &str, [serial, events]: [&str; 2]) -> String {
-    let MachineConfig { model, cpus, memory_mib, sld, scope, .. } = config;
-    let count = match scope {
-        SldScope::Thread => format!("{cpus}"),
-        SldScope::Core { threads } => format!("1:{}:{threads}", cpus / threads),
-    };
+    let MachineConfig { model, cpus, memory_mib, sld, ips, .. } = config;
     let msrs = if *sld { format!(r#", msrs="{}""#, file::MSRS) } else { String::new() };
     let mut text = String::new();
     // A missing MSR must fault as on hardware. No panic may stop and ask. VGA updates by machine time, not by the
@@ -277,7 +287,7 @@ fn bochsrc(config: &MachineConfig, disk: &str, [serial, events]: [&str; 2]) -> S
     let _ = write!(
         text,
         "\
-cpu: model={model}, count={count}, ips={INSTRUCTIONS_PER_SECOND}, reset_on_triple_fault=0, ignore_bad_msrs=0{msrs}
+cpu: model={model}, count={cpus}, ips={ips}, reset_on_triple_fault=0, ignore_bad_msrs=0{msrs}
 memory: guest={memory_mib}, host={memory_mib}
 romimage: file=$BXSHARE/BIOS-bochs-latest
 vgaromimage: file=$BXSHARE/VGABIOS-lgpl-latest
@@ -343,10 +353,28 @@ mod tests {
     }
 
     #[test]
+    fn machines_that_bochs_cannot_make_are_refused() {
+        let check = |text: &str| check_topology(text.parse().unwrap());
+        for text in ["1", "14", "1:2:2", "1:8:1", "3:1:4"] {
+            assert!(check(text).is_ok(), "{text}");
+        }
+        for (text, why) in [
+            ("15", "at most 14 CPUs, not 15"),
+            ("2:8:4", "at most 14 CPUs, not 64"),
+            ("1:9:1", "at most 8 cores, not 9"),
+            ("2:1:3", "1, 2 or 4 threads, not 3"),
+            ("1:1:8", "1, 2 or 4 threads, not 8"),
+        ] {
+            let refused = check(text).unwrap_err().to_string();
+            assert!(refused.contains(why), "{refused}");
+        }
+    }
+
+    #[test]
     fn the_configuration_says_what_was_asked_for() {
         let config = MachineConfig {
             model: "tigerlake".to_owned(),
-            cpus: 4,
+            cpus: 4.into(),
             memory_mib: 512,
             ..MachineConfig::default()
         };
@@ -361,7 +389,7 @@ mod tests {
         let without = bochsrc(&MachineConfig { sld: false, ..config.clone() }, "d", ["1", "2"]);
         assert!(!without.contains("msrs.def"), "{without}");
 
-        let smt = MachineConfig { scope: SldScope::Core { threads: 2 }, ..config };
+        let smt = MachineConfig { cpus: "1:2:2".parse().unwrap(), ..config };
         assert!(bochsrc(&smt, "d", ["1", "2"]).contains("count=1:2:2, "));
     }
 

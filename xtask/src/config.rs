@@ -26,6 +26,21 @@ pub enum SldMode {
 pub struct HvConfig {
     /// The host's mode.
     pub sld: SldMode,
+    /// A vCPU's turn, in ticks of the time-stamp counter.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub slice_ticks: Option<u64>,
+    /// How many CPUs are used at most; all without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<u32>,
+    /// Whether the invariants are checked at each load, put and switch.
+    #[serde(skip_serializing_if = "is_default")]
+    pub verify: bool,
+    /// A vCPU that had so many VM exits on a CPU moves to the next at the end of its turn.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub migrate_exits: Option<u64>,
+    /// All VMs are ended once there were so many vCPU loads in total.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub stop_after_loads: Option<u64>,
     /// The VMs.
     #[serde(rename = "vm")]
     pub vms: Vec<Vm>,
@@ -40,6 +55,15 @@ pub struct Vm {
     pub image: String,
     /// Its memory in MiB.
     pub memory_mib: u32,
+    /// How many vCPUs it has.
+    #[serde(skip_serializing_if = "is_default_vcpus")]
+    pub vcpus: u32,
+    /// Each vCPU's share of a CPU, beside the others'.
+    #[serde(skip_serializing_if = "is_default_weight")]
+    pub weight: u32,
+    /// The CPUs that its vCPUs may run on; all without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpus: Option<Vec<u32>>,
     /// Whether it is shown split-lock detection.
     pub expose_sld: bool,
     /// A stricter mode than the host's.
@@ -56,6 +80,21 @@ pub struct Vm {
 const UNKNOWN_GUEST_MEMORY: u32 = 32;
 /// The longest name of a VM.
 const MAX_NAME: usize = 31;
+/// What the hypervisor takes where the file says nothing.
+const DEFAULT_VCPUS: u32 = 1;
+const DEFAULT_WEIGHT: u32 = 100;
+
+fn is_default<T: Default + PartialEq>(value: &T) -> bool {
+    *value == T::default()
+}
+
+fn is_default_vcpus(vcpus: &u32) -> bool {
+    *vcpus == DEFAULT_VCPUS
+}
+
+fn is_default_weight(weight: &u32) -> bool {
+    *weight == DEFAULT_WEIGHT
+}
 
 /// Where a guest's image comes from.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,15 +121,47 @@ impl Vm {
             name: guest.name.to_owned(),
             image: format!("guests/{}", guest.name),
             memory_mib: guest.memory_mib,
+            vcpus: guest.vcpus,
             expose_sld: guest.expose_sld,
-            policy: None,
             limit_ticks: guest.limit_ticks(),
+            cmdline: guest.command_line.to_owned(),
+            ..Self::default()
+        }
+    }
+}
+
+impl Default for Vm {
+    /// One vCPU that may run everywhere and sees no detection; without name, image and memory.
+    fn default() -> Self {
+        Self {
+            name: String::new(),
+            image: String::new(),
+            memory_mib: 0,
+            vcpus: DEFAULT_VCPUS,
+            weight: DEFAULT_WEIGHT,
+            cpus: None,
+            expose_sld: false,
+            policy: None,
+            limit_ticks: None,
             cmdline: String::new(),
         }
     }
 }
 
 impl HvConfig {
+    /// These VMs, everything else as the hypervisor has it by default.
+    pub fn new(sld: SldMode, vms: Vec<Vm>) -> Self {
+        Self {
+            sld,
+            slice_ticks: None,
+            cpus: None,
+            verify: false,
+            migrate_exits: None,
+            stop_after_loads: None,
+            vms,
+        }
+    }
+
     /// The text of the file.
     ///
     /// # Errors
@@ -131,7 +202,7 @@ impl Setup {
             vm.name = unique(&vm.name, &taken, MAX_NAME);
             vms.push(vm);
         }
-        Ok(Self { config: HvConfig { sld, vms }.to_text()?, images })
+        Ok(Self { config: HvConfig::new(sld, vms).to_text()?, images })
     }
 
     /// For a configuration that the user wrote. An image is a file beside it or, as `guests/NAME`, a test guest.
@@ -198,9 +269,7 @@ fn guest(name: &str, expose_sld: bool) -> Result<(Vm, Source)> {
         name,
         memory_mib: UNKNOWN_GUEST_MEMORY,
         expose_sld,
-        policy: None,
-        limit_ticks: None,
-        cmdline: String::new(),
+        ..Vm::default()
     };
     Ok((vm, Source::File(path.to_owned())))
 }
@@ -251,6 +320,50 @@ cmdline = \"\"
         assert_eq!(setup.config, expected);
         let source = Source::Registered("sld-aware");
         assert_eq!(setup.images, [("guests/sld-aware".to_owned(), source)]);
+    }
+
+    #[test]
+    fn all_settings_are_written() {
+        let vm = Vm {
+            name: "a".to_owned(),
+            image: "guests/a".to_owned(),
+            memory_mib: 8,
+            vcpus: 4,
+            weight: 200,
+            cpus: Some(vec![0, 2]),
+            policy: Some(SldMode::Fatal),
+            limit_ticks: Some(7),
+            ..Vm::default()
+        };
+        let config = HvConfig {
+            slice_ticks: Some(20_000),
+            cpus: Some(3),
+            verify: true,
+            migrate_exits: Some(300),
+            stop_after_loads: Some(10_000),
+            ..HvConfig::new(SldMode::Warn, vec![vm])
+        };
+        let expected = "\
+sld = \"warn\"
+slice_ticks = 20000
+cpus = 3
+verify = true
+migrate_exits = 300
+stop_after_loads = 10000
+
+[[vm]]
+name = \"a\"
+image = \"guests/a\"
+memory_mib = 8
+vcpus = 4
+weight = 200
+cpus = [0, 2]
+expose_sld = false
+policy = \"fatal\"
+limit_ticks = 7
+cmdline = \"\"
+";
+        assert_eq!(config.to_text().unwrap(), expected);
     }
 
     #[test]

@@ -7,14 +7,13 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use serde::{Deserialize, Deserializer, de};
-use serde_json::Value;
 
 /// An event with its common fields.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct Event {
-    /// Number of the event, from 0, without gaps.
+    /// Number of the event on its CPU, from 0, without gaps, in the order in which things happened.
     pub seq: u64,
     /// Time-stamp counter of the CPU.
     pub tsc: u64,
@@ -42,6 +41,20 @@ pub enum Body {
         /// How it was booted.
         firmware: String,
     },
+    /// A CPU takes part.
+    CpuOnline {
+        /// Its APIC ID.
+        apic_id: u32,
+        /// The core that it is a thread of.
+        core: u32,
+    },
+    /// A CPU does not take part; the others do.
+    CpuRefused {
+        /// Its APIC ID.
+        apic_id: u32,
+        /// What it lacks.
+        why: String,
+    },
     /// A VM starts.
     VmStart {
         /// Its name.
@@ -52,6 +65,9 @@ pub enum Body {
         exposed: bool,
         /// Number of its vCPUs.
         vcpus: u32,
+        /// Share of each of these.
+        #[serde(default)]
+        weight: u32,
         /// Bytes of its memory.
         memory_bytes: u64,
     },
@@ -73,10 +89,22 @@ pub enum Body {
         /// The VM on whose account, if it was on any's.
         #[serde(default)]
         vm: Option<String>,
+        /// The vCPU in it.
+        #[serde(default)]
+        vcpu: Option<u32>,
         /// The bit.
         on: bool,
         /// The reason.
         why: String,
+    },
+    /// A vCPU ended with its VM, which has its end later.
+    VcpuEnd {
+        /// The VM.
+        vm: String,
+        /// The vCPU in it.
+        vcpu: u32,
+        /// Its counters.
+        counters: Counters,
     },
     /// A VM ended.
     VmEnd {
@@ -87,7 +115,7 @@ pub enum Body {
         /// With what, where it ended by itself.
         #[serde(default)]
         status: Option<u32>,
-        /// Its counters.
+        /// The sums of its vCPUs' counters.
         #[serde(default)]
         counters: Counters,
     },
@@ -108,11 +136,16 @@ pub enum Body {
         /// The panic message.
         message: String,
     },
+    /// An invariant did not hold.
+    Violation {
+        /// Which, and how.
+        what: String,
+    },
     /// Everything ended in order.
     Shutdown {
-        /// Totals, and per vCPU.
+        /// The sums of everything.
         #[serde(default)]
-        counters: Value,
+        counters: Totals,
     },
     /// An event that this reader does not know.
     #[serde(other)]
@@ -142,7 +175,7 @@ pub struct Ac {
     pub verdict: String,
 }
 
-/// A VM's counters.
+/// Counters of a vCPU, or the sums of those of a VM.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(default)]
 pub struct Counters {
@@ -152,6 +185,38 @@ pub struct Counters {
     pub split_locks: BTreeMap<String, u64>,
     /// Writes of the real bit.
     pub real_bit_writes: u64,
+    /// How often a CPU loaded it.
+    pub loads: u64,
+    /// How often that was another CPU than before.
+    pub migrations: u64,
+    /// Ticks of the time-stamp counter that it was on a CPU.
+    pub ticks: u64,
+}
+
+/// Counters of a whole run.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize)]
+#[serde(default)]
+pub struct Totals {
+    /// VMs that ran.
+    pub vms: u64,
+    /// VM exits.
+    pub exits: u64,
+    /// `#AC` that the guests got.
+    pub inject: u64,
+    /// Split locks that were warned of.
+    pub warn: u64,
+    /// Split locks that were let through, one instruction with detection off.
+    pub step: u64,
+    /// Split locks that ended a VM.
+    pub kill: u64,
+    /// NMIs that the hypervisor took.
+    pub nmis: u64,
+    /// vCPU loads.
+    pub loads: u64,
+    /// Those on another CPU than before.
+    pub migrations: u64,
+    /// Invariants that did not hold.
+    pub violations: u64,
 }
 
 impl Event {
@@ -161,6 +226,7 @@ impl Event {
             Body::VmStart { vm, .. }
             | Body::Ac(Ac { vm, .. })
             | Body::TestCtrlWrite { vm, .. }
+            | Body::VcpuEnd { vm, .. }
             | Body::VmEnd { vm, .. }
             | Body::VmRefused { vm, .. } => Some(vm),
             Body::RealBit { vm, .. } => vm.as_deref(),
@@ -220,6 +286,37 @@ pub enum Outcome {
     Taken,
 }
 
+/// Puts the events of all CPUs into one order: those of a CPU always by their numbers, CPUs among each
+/// other by the time-stamp counter (equal times by CPU).
+pub fn in_order(mut events: Vec<Event>) -> Vec<Event> {
+    events.sort_by_key(|event| (event.cpu, event.seq));
+    // An event is not before an earlier one of its CPU, whatever the counter said. The sort is stable.
+    let mut latest = BTreeMap::new();
+    let time_of = |event: &Event| {
+        let latest = latest.entry(event.cpu).or_insert(0);
+        *latest = event.tsc.max(*latest);
+        *latest
+    };
+    let times: Vec<u64> = events.iter().map(time_of).collect();
+    let mut timed: Vec<_> = times.into_iter().zip(events).collect();
+    timed.sort_by_key(|(time, _)| *time);
+    timed.into_iter().map(|(_, event)| event).collect()
+}
+
+/// Checks that each CPU's events are numbered from 0 without gaps, in order.
+///
+/// # Errors
+/// The first event that is not.
+pub fn check_numbers(events: &[Event]) -> Result<()> {
+    let mut next: BTreeMap<u32, u64> = BTreeMap::new();
+    for Event { seq, cpu, body, .. } in events {
+        let next = next.entry(*cpu).or_default();
+        ensure!(seq == next, "CPU {cpu}: event {next} is missing before event {seq}, {body:?}");
+        *next += 1;
+    }
+    Ok(())
+}
+
 /// Reads one JSON object a line. A last line without an end is one that the machine did not finish, and
 /// is left out; empty lines are passed over.
 ///
@@ -265,13 +362,57 @@ mod tests {
             {"seq":6,"tsc":7,"cpu":0,"event":"vm-refused","vm":"c","why":"no"}
             {"seq":7,"tsc":8,"cpu":0,"event":"refused","why":"no VT-x"}
             {"seq":8,"tsc":9,"cpu":0,"event":"panic","message":"oh"}
-            {"seq":9,"tsc":10,"cpu":0,"event":"shutdown","counters":{"exits":{"hlt":2}}}
+            {"seq":9,"tsc":10,"cpu":0,"event":"cpu-online","apic_id":3,"core":1}
+            {"seq":10,"tsc":10,"cpu":0,"event":"cpu-refused","apic_id":4,"why":"no VMX"}
+            {"seq":11,"tsc":10,"cpu":0,"event":"vcpu-end","vm":"a","vcpu":1,"counters":{"exits":{"hlt":2},"split_locks":{"inject":0,"warn":1,"step":2,"kill":0},"real_bit_writes":1,"loads":5,"migrations":4,"ticks":99}}
+            {"seq":12,"tsc":10,"cpu":0,"event":"violation","what":"flag and bit differ"}
+            {"seq":13,"tsc":10,"cpu":0,"event":"shutdown","counters":{"vms":2,"exits":9,"inject":1,"warn":1,"step":1,"kill":1,"nmis":3,"loads":5,"migrations":4,"violations":1}}
         "#;
         let events: Vec<Event> = parse_lines(lines).unwrap();
-        assert_eq!(events.len(), 10);
+        assert_eq!(events.len(), 14);
         assert!(events.iter().all(|event| event.body != Body::Other));
         let Body::VmEnd { status, counters, .. } = &events[4].body else { panic!() };
         assert_eq!((*status, counters.split_locks["warn"]), (Some(33), 1));
+        assert_eq!(events[9].body, Body::CpuOnline { apic_id: 3, core: 1 });
+        let Body::VcpuEnd { vcpu: 1, counters, .. } = &events[11].body else { panic!() };
+        assert_eq!((counters.split_locks["step"], counters.ticks), (2, 99));
+        let Body::Shutdown { counters } = &events[13].body else { panic!() };
+        assert_eq!((counters.nmis, counters.migrations, counters.violations), (3, 4, 1));
+    }
+
+    fn event(cpu: u32, seq: u64, tsc: u64) -> Event {
+        Event { seq, tsc, cpu, body: Body::Other }
+    }
+
+    fn numbers(events: &[Event]) -> Vec<(u32, u64)> {
+        events.iter().map(|event| (event.cpu, event.seq)).collect()
+    }
+
+    #[test]
+    fn events_of_several_cpus_are_put_in_order() {
+        let written = vec![
+            event(1, 1, 30),
+            event(0, 0, 10),
+            event(0, 1, 30),
+            event(1, 0, 20),
+            event(0, 2, 40),
+        ];
+        let expected = [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2)];
+        assert_eq!(numbers(&in_order(written)), expected);
+        // The counter goes back on CPU 0: its numbers say what came first.
+        let back = vec![event(0, 0, 50), event(0, 1, 20), event(1, 0, 30), event(1, 1, 60)];
+        assert_eq!(numbers(&in_order(back)), [(1, 0), (0, 0), (0, 1), (1, 1)]);
+    }
+
+    #[test]
+    fn events_that_are_lost_or_twice_there_are_noticed() {
+        let all = [event(0, 0, 1), event(1, 0, 2), event(0, 1, 3), event(1, 1, 4)];
+        assert!(check_numbers(&all).is_ok());
+        assert!(check_numbers(&[]).is_ok());
+        let why = check_numbers(&[&all[..2], &all[3..], &[event(0, 2, 5)]].concat()).unwrap_err();
+        assert!(why.to_string().contains("CPU 0: event 1 is missing before event 2"), "{why}");
+        assert!(check_numbers(&all[1..]).is_err());
+        assert!(check_numbers(&[&all[..], &all[3..]].concat()).is_err());
     }
 
     #[test]

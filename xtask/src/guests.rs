@@ -117,6 +117,10 @@ pub struct Guest {
     pub about: &'static str,
     /// Memory of its VM, in MiB.
     pub memory_mib: u32,
+    /// Number of vCPUs of its VM.
+    pub vcpus: u32,
+    /// Its command line, unless told otherwise.
+    pub command_line: &'static str,
     /// Whether split-lock detection is exposed to its VM.
     pub expose_sld: bool,
     /// Whether `cargo xtask run` runs it unless told otherwise.
@@ -130,7 +134,20 @@ impl Guest {
             behaviour,
             Behaviour::Aware(_) | Behaviour::Toggles(_) | Behaviour::LegacyAndAware(_)
         );
-        Self { name, about, memory_mib: 8, expose_sld, demo: false, behaviour }
+        Self {
+            name,
+            about,
+            memory_mib: 8,
+            vcpus: 1,
+            command_line: "",
+            expose_sld,
+            demo: false,
+            behaviour,
+        }
+    }
+
+    const fn with_vcpus(self, vcpus: u32) -> Self {
+        Self { vcpus, ..self }
     }
 
     const fn in_demo(self) -> Self {
@@ -139,7 +156,9 @@ impl Guest {
 
     /// How long its VM may run, in ticks of the time-stamp counter, if it does not end by itself.
     pub fn limit_ticks(&self) -> Option<u64> {
-        matches!(self.behaviour, Behaviour::LegacyForEver).then_some(LIMIT_TICKS)
+        let endless =
+            matches!(self.behaviour, Behaviour::LegacyForEver | Behaviour::None(End::TimeLimit));
+        endless.then_some(LIMIT_TICKS)
     }
 
     /// What a run of it shows.
@@ -293,6 +312,21 @@ pub const GUESTS: &[Guest] = &[
         "VT-x is neither offered nor usable in a guest",
         Behaviour::None(End::Exit(SUCCESS)),
     ),
+    Guest::new(
+        "smp",
+        "several vCPUs: start, IPIs, NMIs, HLT, timers, INIT, stale translations",
+        Behaviour::None(End::Exit(SUCCESS)),
+    )
+    .with_vcpus(4),
+    Guest {
+        command_line: "role=calm vcpus=2 seed=1",
+        ..Guest::new(
+            "stress",
+            "works by pseudo-random numbers on all vCPUs, for ever",
+            Behaviour::None(End::TimeLimit),
+        )
+        .with_vcpus(2)
+    },
     // One to see whether it comes, ten to warm up, 100 that count.
     Guest::new("bench", "times what leaving the guest costs", Behaviour::LegacyAndAware(111)),
 ];
@@ -344,6 +378,9 @@ mod tests {
             assert!((1..=31).contains(&guest.name.len()), "{}", guest.name);
             let fits = |c: char| c.is_ascii_alphanumeric() || "._-".contains(c);
             assert!(guest.name.chars().all(fits), "{}", guest.name);
+            assert!((1..=16).contains(&guest.vcpus), "{}", guest.name);
+            // What the runtime reads of it.
+            assert!(guest.command_line.len() <= 256, "{}", guest.name);
         }
     }
 

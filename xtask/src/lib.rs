@@ -22,8 +22,10 @@ pub mod qemu;
 pub mod report;
 pub mod run;
 pub mod shim;
+pub mod stress;
 pub mod suite;
 pub mod system;
+pub mod topology;
 pub mod truth;
 
 /// Cargo's target directory: where everything goes that can be made again.

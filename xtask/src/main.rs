@@ -7,8 +7,9 @@ use anyhow::Result;
 use clap::{Parser, Subcommand};
 use xtask::bench::BenchArgs;
 use xtask::run::{RunArgs, SetupArgs};
+use xtask::stress::StressArgs;
 use xtask::system::System;
-use xtask::{bench, console, doctor, run, suite};
+use xtask::{bench, console, doctor, run, stress, suite};
 
 /// Builds, boots and tests the hypervisor.
 #[derive(Parser)]
@@ -37,11 +38,13 @@ enum Task {
     },
     /// Boot the hypervisor in an emulator, run guests, show what was decided.
     Run(RunArgs),
+    /// Run VMs of several vCPUs on several CPUs, move them about all the time, and check everything that they did.
+    Stress(StressArgs),
     /// Measure what VM exits cost, in instructions on the reference machine.
     Bench(BenchArgs),
     /// Check and test everything.
     Test {
-        /// Only the tests whose names contain this, and no formatting and lint checks.
+        /// Only the tests whose names contain this, and no formatting, no lints, no interleavings.
         #[arg(long, value_name = "TEXT")]
         filter: Option<String>,
     },
@@ -70,6 +73,7 @@ fn perform(task: Task) -> Result<()> {
             Ok(())
         }
         Task::Run(arguments) => run::run(&arguments),
+        Task::Stress(arguments) => stress::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Test { filter } => suite::run(filter.as_deref()),
     }

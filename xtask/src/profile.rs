@@ -79,6 +79,11 @@ impl<'a> Functions<'a> {
         Ok(Self { symbols, debug })
     }
 
+    /// The names of all of them.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.symbols.iter().map(|(_, _, name)| &**name)
+    }
+
     /// The symbol that an address lies in.
     pub fn symbol(&self, address: Address) -> Option<&str> {
         let behind = self.symbols.partition_point(|(start, ..)| *start <= address.0);

@@ -9,6 +9,7 @@ use anyhow::{Context, Result, bail};
 use crate::cache::{self, Root};
 use crate::console;
 use crate::machine::{Accelerator, MachineConfig};
+use crate::topology::Topology;
 
 /// A QEMU that can be used.
 #[derive(Clone, Debug)]
@@ -84,9 +85,11 @@ impl Qemu {
             Accelerator::Kvm => ("kvm", "host"),
             Accelerator::Tcg => ("tcg", "max"),
         };
+        let Topology { packages, cores, threads } = config.cpus;
         command
             .args(["-accel", accelerator, "-cpu", cpu])
-            .args(["-smp", &config.cpus.to_string(), "-m", &config.memory_mib.to_string()])
+            .args(["-smp", &format!("sockets={packages},cores={cores},threads={threads}")])
+            .args(["-m", &config.memory_mib.to_string()])
             .args(["-drive", &format!("file={disk},format=raw,if=ide")])
             .args(["-display", "none", "-monitor", "none", "-nic", "none", "-no-reboot"]);
         for file in serial {
@@ -133,7 +136,8 @@ mod tests {
 
     #[test]
     fn the_command_line_says_what_was_asked_for() {
-        let config = MachineConfig { cpus: 2, memory_mib: 300, ..MachineConfig::default() };
+        let cpus = Topology { packages: 1, cores: 3, threads: 2 };
+        let config = MachineConfig { cpus, memory_mib: 300, ..MachineConfig::default() };
         let qemu = Qemu::Host(PathBuf::from("qemu"));
         let shown = console::render(&qemu.machine(
             &config,
@@ -141,7 +145,8 @@ mod tests {
             "disk.img",
             ["a.txt", "b.txt"],
         ));
-        assert!(shown.contains("-accel tcg -cpu max -smp 2 -m 300 "), "{shown}");
+        assert!(shown.contains("-accel tcg -cpu max "), "{shown}");
+        assert!(shown.contains(" -smp sockets=1,cores=3,threads=2 -m 300 "), "{shown}");
         assert!(shown.contains("file=disk.img,format=raw"), "{shown}");
         assert!(shown.ends_with("-serial file:a.txt -serial file:b.txt"), "{shown}");
     }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use crate::events::{Ac, Body, Event};
+use crate::events::{Ac, Body, Event, Totals};
 use crate::machine::{Exit, RunOutcome};
 
 /// Whether the hypervisor came up, ran its VMs to their ends and shut down in order, whatever those ends
@@ -17,6 +17,10 @@ pub fn judge(outcome: &RunOutcome) -> Result<(), String> {
         match body {
             Body::Panic { message } => return Err(format!("the hypervisor panicked: {message}")),
             Body::Refused { why } => return Err(format!("the hypervisor refused to run: {why}")),
+            Body::Violation { what } => return Err(format!("an invariant did not hold: {what}")),
+            Body::Shutdown { counters: Totals { violations: number @ 1.., .. } } => {
+                return Err(format!("{number} times an invariant did not hold"));
+            }
             Body::VmEnd { vm, reason, .. }
                 if reason == "invalid state" || reason.starts_with("entry failure") =>
             {
@@ -32,18 +36,47 @@ pub fn judge(outcome: &RunOutcome) -> Result<(), String> {
     }
 }
 
-/// One row a VM: name, policy, number of split locks seen, verdicts, and how it ended.
+/// One row a VM: name, policy, number of split locks seen, verdicts, and how it ended. Where there are
+/// several CPUs or vCPUs, also how many vCPUs, how often they were loaded, and how often on another CPU
+/// than before.
 pub fn table(events: &[Event]) -> String {
-    let mut rows =
-        vec![["VM", "policy", "split locks seen", "verdict", "how it ended"].map(str::to_owned)];
-    let mut names: Vec<&str> = Vec::new();
-    for name in events.iter().filter_map(Event::vm) {
-        if !names.contains(&name) {
-            names.push(name);
-        }
+    let several = |event: &Event| match event.body {
+        Body::Boot { cpus, .. } => cpus > 1,
+        Body::VmStart { vcpus, .. } => vcpus > 1,
+        _ => false,
+    };
+    let mut vms: Vec<Row> = Vec::new();
+    for event in events {
+        let Some(name) = event.vm() else { continue };
+        let index = vms.iter().position(|vm| vm.name == name).unwrap_or_else(|| {
+            vms.push(Row::new(name));
+            vms.len() - 1
+        });
+        vms[index].add(&event.body);
     }
-    rows.extend(names.into_iter().map(|vm| row(vm, events)));
-    align(&rows)
+    if events.iter().any(several) {
+        let heading = [
+            "VM",
+            "policy",
+            "vCPUs",
+            "loads",
+            "migrations",
+            "split locks",
+            "verdict",
+            "how it ended",
+        ];
+        let rows = vms.iter().map(|vm| {
+            let [name, policy, seen, verdicts, end] = vm.cells();
+            let [vcpus, loads, migrations] =
+                [vm.vcpus, vm.loads, vm.migrations].map(|number| number.to_string());
+            [name, policy, vcpus, loads, migrations, seen, verdicts, end]
+        });
+        align(&[vec![heading.map(str::to_owned)], rows.collect()].concat())
+    } else {
+        let heading = ["VM", "policy", "split locks seen", "verdict", "how it ended"];
+        let rows = vms.iter().map(Row::cells);
+        align(&[vec![heading.map(str::to_owned)], rows.collect()].concat())
+    }
 }
 
 /// Lays rows out in columns.
@@ -60,31 +93,67 @@ pub fn align<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
     table
 }
 
-fn row(name: &str, events: &[Event]) -> [String; 5] {
-    let mut policy = "-".to_owned();
-    let mut seen = 0_u64;
-    let mut verdicts: BTreeMap<&str, u64> = BTreeMap::new();
-    let mut end = "did not end".to_owned();
-    for event in events.iter().filter(|event| event.vm() == Some(name)) {
-        match &event.body {
-            Body::VmStart { policy: of_vm, .. } => policy.clone_from(of_vm),
-            Body::Ac(Ac { legacy, verdict, .. }) => {
-                seen += u64::from(!legacy);
-                *verdicts.entry(verdict).or_default() += 1;
+/// A VM in the table.
+struct Row<'a> {
+    name: &'a str,
+    policy: &'a str,
+    vcpus: u64,
+    loads: u64,
+    migrations: u64,
+    /// Split locks seen.
+    seen: u64,
+    /// `#AC` by verdict.
+    verdicts: BTreeMap<&'a str, u64>,
+    end: String,
+}
+
+impl<'a> Row<'a> {
+    fn new(name: &'a str) -> Self {
+        Self {
+            name,
+            policy: "-",
+            vcpus: 0,
+            loads: 0,
+            migrations: 0,
+            seen: 0,
+            verdicts: BTreeMap::new(),
+            end: "did not end".to_owned(),
+        }
+    }
+
+    /// Takes up an event of the VM.
+    fn add(&mut self, body: &'a Body) {
+        match body {
+            Body::VmStart { policy, vcpus, .. } => {
+                self.policy = policy;
+                self.vcpus = (*vcpus).into();
             }
-            Body::VmEnd { reason, status: Some(status), .. } => end = format!("{reason} {status}"),
-            Body::VmEnd { reason, .. } => end.clone_from(reason),
-            Body::VmRefused { why, .. } => end = format!("refused: {why}"),
+            Body::Ac(Ac { legacy, verdict, .. }) => {
+                self.seen += u64::from(!legacy);
+                *self.verdicts.entry(verdict).or_default() += 1;
+            }
+            Body::VmEnd { reason, status, counters, .. } => {
+                self.end = match status {
+                    Some(status) => format!("{reason} {status}"),
+                    None => reason.clone(),
+                };
+                (self.loads, self.migrations) = (counters.loads, counters.migrations);
+            }
+            Body::VmRefused { why, .. } => self.end = format!("refused: {why}"),
             _ => {}
         }
     }
-    let verdicts = verdicts.iter().map(|(verdict, count)| match count {
-        1 => (*verdict).to_owned(),
-        _ => format!("{verdict} x{count}"),
-    });
-    let verdicts = verdicts.collect::<Vec<_>>().join(", ");
-    let verdicts = if verdicts.is_empty() { "-".to_owned() } else { verdicts };
-    [name.to_owned(), policy, seen.to_string(), verdicts, end]
+
+    fn cells(&self) -> [String; 5] {
+        let verdicts = self.verdicts.iter().map(|(verdict, count)| match count {
+            1 => (*verdict).to_owned(),
+            _ => format!("{verdict} x{count}"),
+        });
+        let verdicts = verdicts.collect::<Vec<_>>().join(", ");
+        let verdicts = if verdicts.is_empty() { "-".to_owned() } else { verdicts };
+        let [name, policy] = [self.name, self.policy].map(str::to_owned);
+        [name, policy, self.seen.to_string(), verdicts, self.end.clone()]
+    }
 }
 
 #[cfg(test)]
@@ -126,6 +195,25 @@ legacy-ac  warn    0                 inject x2  exit 33
     }
 
     #[test]
+    fn several_cpus_or_vcpus_have_columns_of_their_own() {
+        let events = r#"
+        {"seq":0,"tsc":1,"cpu":0,"event":"boot","version":"0.1.0","cpus":4,"sld":"warn","sld_source":"msr","firmware":"bios"}
+        {"seq":1,"tsc":1,"cpu":0,"event":"vm-start","vm":"split-storm","policy":"warn","exposed":false,"vcpus":4,"weight":100,"memory_bytes":8388608}
+        {"seq":2,"tsc":1,"cpu":0,"event":"vm-end","vm":"split-storm","reason":"exit","status":33,"counters":{"loads":12345,"migrations":1234,"ticks":5}}
+        "#;
+        let expected = "\
+VM           policy  vCPUs  loads  migrations  split locks  verdict  how it ended
+split-storm  warn    4      12345  1234        0            -        exit 33
+";
+        assert_eq!(table(&parse_lines::<Event>(events).unwrap()), expected);
+        let one_cpu = events.replace(r#""cpus":4"#, r#""cpus":1"#);
+        assert_eq!(table(&parse_lines::<Event>(&one_cpu).unwrap()), expected);
+        let one_vcpu = one_cpu.replace(r#""vcpus":4"#, r#""vcpus":1"#);
+        let short = table(&parse_lines::<Event>(&one_vcpu).unwrap());
+        assert!(!short.contains("migrations"), "{short}");
+    }
+
+    #[test]
     fn an_orderly_run_is_good_whatever_its_vms_did() {
         assert_eq!(judge(&outcome(RUN, Exit::PoweredOff)), Ok(()));
     }
@@ -141,6 +229,11 @@ legacy-ac  warn    0                 inject x2  exit 33
             r#"{"seq":10,"tsc":1,"cpu":0,"event":"vm-end","vm":"x","reason":"entry failure"}"#,
         );
         assert!(judge(&entry).unwrap_err().contains("entry of x failed"));
+        let violated = with(r#"{"seq":10,"tsc":1,"cpu":0,"event":"violation","what":"flag"}"#);
+        assert!(judge(&violated).unwrap_err().contains("did not hold: flag"));
+        let counted =
+            with(r#"{"seq":10,"tsc":1,"cpu":0,"event":"shutdown","counters":{"violations":3}}"#);
+        assert!(judge(&counted).unwrap_err().contains("3 times"));
         let silent = outcome("", Exit::PoweredOff);
         assert!(judge(&silent).unwrap_err().contains("orderly"));
         for exit in [

@@ -10,8 +10,9 @@ use clap::{Args, ValueEnum};
 
 use crate::config::{Setup, SldMode};
 use crate::machine::{self, Emulator, MachineConfig};
+use crate::report;
 use crate::system::System;
-use crate::{report, target_directory};
+use crate::topology::Topology;
 
 /// What is configured and which guests run.
 #[derive(Args, Debug)]
@@ -60,9 +61,9 @@ pub struct RunArgs {
     /// The machine. Default: QEMU where KVM lets it have VT-x, else Bochs.
     #[arg(long, value_enum)]
     machine: Option<MachineArg>,
-    /// Number of CPUs.
-    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
-    cpus: u32,
+    /// The CPUs: how many, or how many packages, cores of each and threads of each of these.
+    #[arg(long, default_value = "1", value_name = "N-or-PACKAGES:CORES:THREADS")]
+    cpus: Topology,
     /// Bochs' CPU model.
     #[arg(long, default_value = "arrow_lake")]
     model: String,
@@ -119,12 +120,10 @@ pub fn run(args: &RunArgs) -> Result<()> {
     }
 
     let system = System::build()?;
-    let image = target_directory().join(format!("run-{}.img", std::process::id()));
-    let disk = RemovedFile(image);
-    system.disk(&setup, &disk.0)?;
+    let disk = system.temporary_disk(&setup)?;
     let config = MachineConfig {
         emulator,
-        image: disk.0.clone(),
+        image: disk.path().to_owned(),
         cpus: args.cpus,
         model: args.model.clone(),
         memory_mib: args.memory,
@@ -149,15 +148,5 @@ pub fn run(args: &RunArgs) -> Result<()> {
     match report::judge(&outcome) {
         Ok(()) => Ok(()),
         Err(why) => bail!("{why}"),
-    }
-}
-
-/// A file that is removed when dropped.
-struct RemovedFile(PathBuf);
-
-impl Drop for RemovedFile {
-    fn drop(&mut self) {
-        // It was perhaps never made.
-        let _ = fs::remove_file(&self.0);
     }
 }

@@ -12,6 +12,7 @@ use crate::console::{self, section};
 use crate::qemu::Qemu;
 use crate::shim;
 use crate::system::System;
+use crate::target_directory;
 
 /// Numbers of a test program's closing line.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -20,7 +21,7 @@ struct Count {
     failed: u32,
 }
 
-/// Runs all checks and tests; with a filter only the tests whose names contain it.
+/// Runs all checks and tests; with a filter only the tests whose names contain it, and none of all interleavings.
 ///
 /// # Errors
 /// If anything failed.
@@ -52,6 +53,19 @@ fn sections(filter: Option<&str>, total: &mut Count) -> Result<()> {
     // Behind `--`: given to cargo itself, a filter would make it build what is not built for tests.
     host.args(["test", "--workspace", "--exclude", "machine-tests", "--"]).args(filter);
     count_tests(&mut host, total)?;
+
+    if filter.is_none() {
+        section("Interleavings");
+        // Built for `loom`, which runs the protocols between CPUs in every order; apart, since its
+        // atomics are good for nothing else.
+        let mut protocols = cargo();
+        protocols
+            .args(["test", "--release", "--package", "vmx", "--package", "hv-kernel", "--"])
+            .args(["gate::", "wake::", "mailbox::"])
+            .env("RUSTFLAGS", "--cfg loom")
+            .env("CARGO_TARGET_DIR", target_directory().join("loom"));
+        count_tests(&mut protocols, total)?;
+    }
 
     section("Build");
     System::build()?;

@@ -1,12 +1,14 @@
 //! The hypervisor as a bootable disk.
 
 use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::{fs, process};
 
 use anyhow::{Context, Result};
 
-use crate::bare;
 use crate::config::{Setup, Source};
 use crate::image::{self, ImageSpec};
+use crate::{bare, target_directory};
 
 /// Everything that runs on the bare machine, built.
 #[derive(Clone, Debug)]
@@ -55,5 +57,36 @@ impl System {
         let spec = ImageSpec { boot: &self.boot, kernel: &self.kernel, ramdisk: &ramdisk, out };
         image::build_bios(&spec)?;
         Ok(())
+    }
+
+    /// A disk as [`disk`](Self::disk) writes it, for one run.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn temporary_disk(&self, setup: &Setup) -> Result<TemporaryDisk> {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("disk-{}-{number}.img", process::id());
+        let disk = TemporaryDisk(target_directory().join(name));
+        self.disk(setup, &disk.0)?;
+        Ok(disk)
+    }
+}
+
+/// A disk image that is removed when dropped.
+#[derive(Debug)]
+pub struct TemporaryDisk(PathBuf);
+
+impl TemporaryDisk {
+    /// Where it is.
+    pub fn path(&self) -> &Path {
+        &self.0
+    }
+}
+
+impl Drop for TemporaryDisk {
+    fn drop(&mut self) {
+        // It was perhaps never made; a leftover in the target directory does no harm.
+        let _ = fs::remove_file(&self.0);
     }
 }

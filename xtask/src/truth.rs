@@ -4,22 +4,42 @@ use std::collections::BTreeMap;
 
 use crate::events::{Ac, Body, Event, Outcome, Truth};
 
-/// Checks that every split lock that faulted in a guest led to exactly one `ac` event, with the same
-/// RIP and CPL, in the same order on each CPU, and that no other `ac` event exists: nothing missed,
-/// nothing invented.
-///
-/// An `ac` event marked `legacy` may stand without a split lock: an ordinary alignment check is one
-/// too. Split locks outside guests are the hypervisor's own, of which there must be none.
+/// Where report and truth disagree; each in words.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Differences {
+    /// Split locks of the hypervisor itself, of which there must be none.
+    pub outside: Vec<String>,
+    /// Split locks that faulted in a guest and were not reported.
+    pub missed: Vec<String>,
+    /// Reports of what did not happen.
+    pub invented: Vec<String>,
+}
+
+/// Checks that there are no [`differences`].
 ///
 /// # Errors
-/// Every disagreement, in words.
+/// Every difference, in words.
 pub fn check_truth(events: &[Event], truth: &[Truth]) -> Result<(), Vec<String>> {
-    let mut wrong: Vec<String> = truth
-        .iter()
-        .filter(|truth| !truth.vmx)
-        .map(|truth| format!("a split lock outside a guest: {}", describe(truth)))
-        .collect();
+    let Differences { outside, missed, invented } = differences(events, truth);
+    let wrong = [outside, invented, missed].concat();
+    if wrong.is_empty() { Ok(()) } else { Err(wrong) }
+}
 
+/// Compares: every split lock that faulted in a guest must have led to exactly one `ac` event, with the
+/// same RIP and CPL, in the same order on each CPU, and no other `ac` event may exist.
+///
+/// An `ac` event marked `legacy` may stand without a split lock: an ordinary alignment check is one
+/// too.
+///
+/// The events of each CPU must be in order; in what order CPUs follow each other does not matter.
+pub fn differences(events: &[Event], truth: &[Truth]) -> Differences {
+    let outside = truth.iter().filter(|truth| !truth.vmx);
+    let mut found = Differences {
+        outside: outside
+            .map(|truth| format!("a split lock outside a guest: {}", describe(truth)))
+            .collect(),
+        ..Differences::default()
+    };
     let mut per_cpu: BTreeMap<u32, (Vec<&Truth>, Vec<&Ac>)> = BTreeMap::new();
     for truth in truth.iter().filter(|truth| truth.vmx && truth.outcome == Outcome::Faulted) {
         per_cpu.entry(truth.cpu).or_default().0.push(truth);
@@ -30,13 +50,13 @@ pub fn check_truth(events: &[Event], truth: &[Truth]) -> Result<(), Vec<String>>
         }
     }
     for (cpu, (faults, acs)) in per_cpu {
-        compare(cpu, &faults, &acs, &mut wrong);
+        compare(cpu, &faults, &acs, &mut found);
     }
-    if wrong.is_empty() { Ok(()) } else { Err(wrong) }
+    found
 }
 
 /// One CPU's faults against its `ac` events, both in order.
-fn compare(cpu: u32, faults: &[&Truth], acs: &[&Ac], wrong: &mut Vec<String>) {
+fn compare(cpu: u32, faults: &[&Truth], acs: &[&Ac], found: &mut Differences) {
     let mut faults = faults.iter().peekable();
     for ac in acs {
         let same = |truth: &&&Truth| truth.rip == ac.rip && truth.cpl == ac.cpl;
@@ -44,12 +64,13 @@ fn compare(cpu: u32, faults: &[&Truth], acs: &[&Ac], wrong: &mut Vec<String>) {
             continue;
         }
         let next = faults.peek().map_or("none".to_owned(), |truth| describe(truth));
-        wrong.push(format!(
+        found.invented.push(format!(
             "CPU {cpu}: reported but did not happen: #AC of {} at {} with CPL {} ({}); next split lock: {next}",
             ac.vm, ac.rip, ac.cpl, ac.verdict
         ));
     }
-    wrong.extend(faults.map(|truth| format!("happened but was not reported: {}", describe(truth))));
+    let missed = |truth| format!("happened but was not reported: {}", describe(truth));
+    found.missed.extend(faults.map(|truth| missed(truth)));
 }
 
 fn describe(truth: &Truth) -> String {
@@ -60,7 +81,7 @@ fn describe(truth: &Truth) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::events::Address;
+    use crate::events::{Address, in_order};
 
     fn ac(cpu: u32, rip: u64, cpl: u8, legacy: bool) -> Event {
         Event {
@@ -117,6 +138,23 @@ mod tests {
         assert!(check_truth(&[ac(0, 1, 0, false)], &[fault(1, 1, 0)]).is_err());
         let swapped = [ac(0, 2, 0, false), ac(0, 1, 0, false)];
         assert!(check_truth(&swapped, &[fault(0, 1, 0), fault(0, 2, 0)]).is_err());
+    }
+
+    #[test]
+    fn differences_are_told_apart() {
+        let outside = Truth { vmx: false, ..fault(1, 9, 0) };
+        let found = differences(&[ac(0, 1, 0, false)], &[fault(0, 2, 0), outside]);
+        let Differences { outside, missed, invented } = found;
+        assert_eq!((outside.len(), missed.len(), invented.len()), (1, 1, 1));
+        assert!(missed[0].contains("rip 0x2"), "{missed:?}");
+        assert!(invented[0].contains("0x1"), "{invented:?}");
+    }
+
+    #[test]
+    fn cpus_may_come_in_any_order() {
+        let events = in_order(vec![ac(1, 7, 3, false), ac(0, 1, 0, false), ac(1, 8, 3, false)]);
+        let truth = [fault(1, 7, 3), fault(1, 8, 3), fault(0, 1, 0)];
+        assert_eq!(check_truth(&events, &truth), Ok(()));
     }
 
     #[test]

@@ -4,9 +4,10 @@
 use core::arch::{asm, global_asm};
 use core::{ptr, str};
 
+use crate::area::{AREA_BYTES, FIRST};
 use crate::exit::{self, Failure};
 use crate::paging::{LARGE_PAGE, PAGE_TABLES, TABLE};
-use crate::segments::{self, GDT, Stack};
+use crate::segments::{self, GDT, GDT_ENTRIES};
 use crate::{console, println, trap};
 
 // The note by which a loader knows the entry: owner, type 18 (XEN_ELFNOTE_PHYS32_ENTRY), the 32-bit
@@ -27,7 +28,7 @@ global_asm!(
 pvh_entry:
     cld
     mov esi, ebx
-    lea esp, [{stack} + {stack_bytes}]
+    lea esp, [{area} + {area_bytes}]
 
     // Level 4 -> level 3 -> five level 2 tables, the first four of them full of 2 MiB pages.
     mov dword ptr [{tables}], offset {tables} + 0x1000 + {table}
@@ -71,7 +72,7 @@ pvh_entry:
     push eax
     retf
 gdt_pointer:
-    .word 15 * 8 - 1
+    .word {gdt_entries} * 8 - 1
     .long {gdt}
 
     .code64
@@ -95,13 +96,11 @@ long_mode:
     gdt = sym GDT,
     code = const segments::code(0),
     data = const segments::data(0),
-    stack = sym STACK,
-    stack_bytes = const STACK_BYTES,
+    area = sym FIRST,
+    area_bytes = const AREA_BYTES,
+    gdt_entries = const GDT_ENTRIES,
     start = sym start,
 );
-
-const STACK_BYTES: usize = 0x8000;
-static STACK: Stack<STACK_BYTES> = Stack::new();
 
 unsafe extern "C" {
     #[link_name = "image_end"]
@@ -132,11 +131,15 @@ impl Boot {
         self.command_line().split_ascii_whitespace().any(|word| word == name)
     }
 
+    /// What stands behind `name=` in a word of the command line.
+    pub fn value(&self, name: &str) -> Option<&str> {
+        let mut words = self.command_line().split_ascii_whitespace();
+        words.find_map(|word| word.strip_prefix(name)?.strip_prefix('='))
+    }
+
     /// The decimal number of a word `name=number` of the command line.
     pub fn number(&self, name: &str) -> Option<u64> {
-        self.command_line()
-            .split_ascii_whitespace()
-            .find_map(|word| word.strip_prefix(name)?.strip_prefix('=')?.parse().ok())
+        self.value(name)?.parse().ok()
     }
 }
 
@@ -212,7 +215,7 @@ unsafe extern "Rust" {
 }
 
 extern "C" fn start(info: u32) -> ! {
-    segments::init();
+    segments::init(0);
     trap::init();
     console::init();
     let Some(boot) = read_boot(info) else {
@@ -227,9 +230,6 @@ extern "C" fn start(info: u32) -> ! {
             println!("ok");
             exit::exit(exit::SUCCESS)
         }
-        Err(failure) => {
-            println!("failed ({:#x}): {}", failure.code, failure.what);
-            exit::exit(failure.code)
-        }
+        Err(failure) => exit::fail(failure),
     }
 }

@@ -1,8 +1,10 @@
 //! The console: the 16550A at 0x3F8.
 
-use core::fmt;
-use core::sync::atomic::{AtomicBool, Ordering};
+use core::fmt::{self, Write};
+use core::hint;
+use core::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 
+use crate::area::this_cpu;
 use crate::cpu;
 
 const BASE: u16 = 0x3F8;
@@ -49,7 +51,7 @@ impl Console {
     }
 }
 
-impl fmt::Write for Console {
+impl Write for Console {
     fn write_str(&mut self, text: &str) -> fmt::Result {
         for byte in text.bytes() {
             if byte == b'\n' {
@@ -61,11 +63,29 @@ impl fmt::Write for Console {
     }
 }
 
+/// The CPU that prints, plus one; 0: none.
+static PRINTS: AtomicUsize = AtomicUsize::new(0);
+
+/// Prints a line, while other CPUs wait. They do so not for ever, and not for themselves: an
+/// exception while a CPU prints can be printed.
+pub fn print_line(line: fmt::Arguments) {
+    let own = this_cpu() + 1;
+    let taken = (0..PATIENCE).any(|_| {
+        hint::spin_loop();
+        let taken = PRINTS.compare_exchange(0, own, Ordering::Acquire, Ordering::Relaxed);
+        taken.is_ok() || taken == Err(own)
+    });
+    let _ = writeln!(Console, "{line}");
+    if taken {
+        PRINTS.store(0, Ordering::Release);
+    }
+}
+
 /// Prints a line on the console.
 #[macro_export]
 macro_rules! println {
-    ($($text:tt)*) => {{
-        use core::fmt::Write;
-        let _ = core::writeln!($crate::console::Console, $($text)*);
-    }};
+    () => { $crate::println!("") };
+    ($($text:tt)*) => {
+        $crate::console::print_line(core::format_args!($($text)*))
+    };
 }

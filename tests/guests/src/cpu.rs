@@ -91,6 +91,31 @@ pub unsafe fn set_cr0(value: u64) {
     unsafe { asm!("mov cr0, {}", in(reg) value, options(nostack, preserves_flags)) };
 }
 
+/// Lets interrupts in.
+pub fn enable_interrupts() {
+    // SAFETY: the guest has set up what may arrive.
+    unsafe { asm!("sti", options(nostack)) };
+}
+
+/// Keeps interrupts out.
+pub fn disable_interrupts() {
+    // SAFETY: nothing arrives that had not before.
+    unsafe { asm!("cli", options(nostack)) };
+}
+
+/// Lets interrupts in and halts until one arrives, without a gap in which it could be missed; keeps
+/// them out again.
+pub fn halt() {
+    // SAFETY: the guest has set up what may arrive.
+    unsafe { asm!("sti", "hlt", "cli", options(nostack)) };
+}
+
+/// The time-stamp counter.
+pub fn now() -> u64 {
+    // SAFETY: RDTSC only reads, at any CPL while CR4.TSD is clear.
+    unsafe { core::arch::x86_64::_rdtsc() }
+}
+
 /// CR2, the address of the last page fault.
 pub fn cr2() -> u64 {
     let value;

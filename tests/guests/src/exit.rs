@@ -4,6 +4,7 @@
 
 use core::panic::PanicInfo;
 
+use crate::area::this_cpu;
 use crate::{cpu, println};
 
 /// The guest saw what it is there to see (status 33).
@@ -17,6 +18,11 @@ pub const PANIC: u8 = 0x70;
 pub const UNEXPECTED_EXCEPTION: u8 = 0x71;
 /// The boot information is not what the PVH protocol promises (status 229).
 pub const BAD_BOOT_INFO: u8 = 0x72;
+
+/// Another CPU does not start (status 231).
+pub const NOT_STARTED: u8 = 0x73;
+/// Another CPU does not get on (status 233).
+pub const STUCK: u8 = 0x74;
 
 /// Port of `isa-debug-exit`.
 const PORT: u16 = 0xF4;
@@ -44,6 +50,15 @@ impl Failure {
     pub fn unless(self, right: bool) -> Result<(), Self> {
         if right { Ok(()) } else { Err(self) }
     }
+}
+
+/// Ends the machine because of a failure, at any CPL.
+pub fn fail(failure: Failure) -> ! {
+    match this_cpu() {
+        0 => println!("failed ({:#x}): {}", failure.code, failure.what),
+        cpu => println!("failed ({:#x}): {} (CPU {cpu})", failure.code, failure.what),
+    }
+    exit(failure.code)
 }
 
 /// Ends the machine with `code`; where nothing answers at the port, stays here. At any CPL.

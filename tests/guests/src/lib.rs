@@ -10,6 +10,8 @@
 //! * [`split`] performs locked accesses and checks every effect they have;
 //! * [`sixteen`] does so in real mode and in virtual-8086 mode;
 //! * [`protected`] is for what long mode does not do;
+//! * [`smp`] starts the other CPUs and lets all of them send each other IPIs; [`split`], [`sixteen`]
+//!   and [`protected`] are for the first one alone;
 //! * [`console`] prints, [`exit`] ends the machine.
 //!
 //! A guest defines its main function with [`guest!`]. Returning `Ok` ends the machine with
@@ -17,6 +19,7 @@
 
 #![no_std]
 
+mod area;
 mod boot;
 pub mod console;
 pub mod cpu;
@@ -24,9 +27,11 @@ pub mod exit;
 mod mem;
 pub mod paging;
 pub mod protected;
+pub mod random;
 pub mod ring;
 pub mod segments;
 pub mod sixteen;
+pub mod smp;
 pub mod split;
 pub mod trap;
 

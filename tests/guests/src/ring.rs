@@ -3,16 +3,10 @@
 use core::arch::naked_asm;
 use core::ffi::c_void;
 use core::mem::MaybeUninit;
-use core::sync::atomic::AtomicU64;
 
-use crate::segments::{self, Stack};
+use crate::area::{self, AREA_MASK, HOME};
+use crate::segments;
 use crate::trap::vector;
-
-/// The stack of the outer rings.
-static STACK: Stack<0x4000> = Stack::new();
-
-/// RSP of ring 0 while an outer ring runs.
-static HOME: AtomicU64 = AtomicU64::new(0);
 
 /// RFLAGS of an outer ring: IOPL 3, so that it can print and exit; interrupts off.
 const RFLAGS: u64 = 3 << 12 | 2;
@@ -56,7 +50,7 @@ pub fn in_ring<F: FnOnce() -> R, R>(ring: Ring, f: F) -> R {
             (&raw mut call).cast(),
             u64::from(segments::code(ring)),
             u64::from(segments::data(ring)),
-            STACK.top(),
+            area::area().outer.top(),
         );
         call.result.assume_init()
     }
@@ -79,7 +73,9 @@ unsafe extern "C" fn enter(
         "push r13",
         "push r14",
         "push r15",
-        "mov [rip + {home}], rsp",
+        "mov rax, rsp",
+        "and rax, {area}",
+        "mov [rax + {home}], rsp",
         "push rcx",
         "push r8",
         "push {rflags}",
@@ -93,7 +89,8 @@ unsafe extern "C" fn enter(
         "call rax",
         "int {gate}",
         "ud2",
-        home = sym HOME,
+        area = const AREA_MASK,
+        home = const HOME,
         rflags = const RFLAGS,
         gate = const vector::RETURN,
     )
@@ -104,7 +101,8 @@ unsafe extern "C" fn enter(
 pub(crate) unsafe extern "C" fn return_gate() {
     naked_asm!(
         "cld",
-        "mov rsp, [rip + {home}]",
+        "and rsp, {area}",
+        "mov rsp, [rsp + {home}]",
         "pop r15",
         "pop r14",
         "pop r13",
@@ -112,6 +110,7 @@ pub(crate) unsafe extern "C" fn return_gate() {
         "pop rbp",
         "pop rbx",
         "ret",
-        home = sym HOME,
+        area = const AREA_MASK,
+        home = const HOME,
     )
 }

@@ -3,8 +3,9 @@
 
 use core::arch::asm;
 use core::cell::UnsafeCell;
-use core::mem::size_of;
 use core::sync::atomic::{AtomicU64, Ordering};
+
+use crate::area::{self, MAX_CPUS};
 
 /// Selector of ring `ring`'s 64-bit code segment, its RPL included.
 pub const fn code(ring: u16) -> u16 {
@@ -17,20 +18,30 @@ pub const fn data(ring: u16) -> u16 {
 }
 
 /// Selector of the 32-bit code segment of ring 0.
-pub(crate) const CODE32: u16 = 0x48;
+pub const CODE32: u16 = 0x48;
 /// Selector of the 16-bit code segment: base 0, limit 64 KiB, as real mode needs it.
 pub(crate) const CODE16: u16 = 0x50;
 /// Selector of the 16-bit data segment: base 0, limit 64 KiB.
 pub(crate) const DATA16: u16 = 0x58;
-/// Selector of the 64-bit TSS, which takes two entries.
-pub(crate) const TSS: u16 = 0x60;
+/// Selector of the first CPU's 64-bit TSS, which takes two entries.
+const TSS: u16 = 0x60;
 /// Selector of the 32-bit TSS that virtual-8086 mode needs.
 pub(crate) const TSS32: u16 = 0x70;
+/// Selector of the 32-bit code segment of ring 3, its RPL included.
+pub const CODE32_RING3: u16 = 0x78 | 3;
+/// Selector of a 16-bit code segment of ring 0: base 0, limit 4 GiB.
+pub const CODE16_FLAT: u16 = 0x80;
+/// Index of the second CPU's 64-bit TSS; those of the others follow.
+const OTHER_TSS: usize = 17;
+/// Entries of the GDT.
+pub(crate) const GDT_ENTRIES: usize = OTHER_TSS + 2 * (MAX_CPUS - 1);
 
-/// Index of the IST stack of every exception but #DF.
+/// Index of the IST stack of interrupts and of every exception but #DF.
 pub(crate) const IST_EXCEPTION: u64 = 1;
 /// Index of the IST stack of #DF.
 pub(crate) const IST_DOUBLE_FAULT: u64 = 2;
+/// Index of the IST stack of NMIs, which arrive while exceptions and interrupts are handled.
+pub(crate) const IST_NMI: u64 = 3;
 
 // Flat segments, present and with the accessed bit already set: the processor sets that bit by a
 // locked access of its own.
@@ -39,35 +50,33 @@ const CODE32_SEGMENT: u64 = 0x00CF_9B00_0000_FFFF;
 const DATA_SEGMENT: u64 = 0x00CF_9300_0000_FFFF;
 const CODE16_SEGMENT: u64 = 0x0000_9B00_0000_FFFF;
 const DATA16_SEGMENT: u64 = 0x0000_9300_0000_FFFF;
+const CODE16_FLAT_SEGMENT: u64 = 0x008F_9B00_0000_FFFF;
 /// An available TSS; 64-bit in long mode, 32-bit outside.
 const TSS_AVAILABLE: u64 = 0x0000_8900_0000_0000;
-
-const fn privilege(ring: u64) -> u64 {
-    ring << 45
-}
 
 /// A table that starts a cache line, so that no entry of it crosses one.
 #[repr(C, align(64))]
 pub(crate) struct Table<const ENTRIES: usize>(pub(crate) [AtomicU64; ENTRIES]);
 
 /// The GDT. Its first entries are in place before any Rust code runs: the PVH entry loads it.
-pub(crate) static GDT: Table<15> = Table([
-    AtomicU64::new(0),
-    AtomicU64::new(CODE64_SEGMENT),
-    AtomicU64::new(DATA_SEGMENT),
-    AtomicU64::new(CODE64_SEGMENT | privilege(1)),
-    AtomicU64::new(DATA_SEGMENT | privilege(1)),
-    AtomicU64::new(CODE64_SEGMENT | privilege(2)),
-    AtomicU64::new(DATA_SEGMENT | privilege(2)),
-    AtomicU64::new(CODE64_SEGMENT | privilege(3)),
-    AtomicU64::new(DATA_SEGMENT | privilege(3)),
-    AtomicU64::new(CODE32_SEGMENT),
-    AtomicU64::new(CODE16_SEGMENT),
-    AtomicU64::new(DATA16_SEGMENT),
-    AtomicU64::new(0),
-    AtomicU64::new(0),
-    AtomicU64::new(0),
-]);
+pub(crate) static GDT: Table<GDT_ENTRIES> = Table(gdt());
+
+const fn gdt() -> [AtomicU64; GDT_ENTRIES] {
+    let mut entries = [const { AtomicU64::new(0) }; GDT_ENTRIES];
+    let mut ring = 0;
+    while ring <= 3 {
+        let privilege = (ring as u64) << 45;
+        entries[code(ring) as usize / 8] = AtomicU64::new(CODE64_SEGMENT | privilege);
+        entries[data(ring) as usize / 8] = AtomicU64::new(DATA_SEGMENT | privilege);
+        ring += 1;
+    }
+    entries[CODE32 as usize / 8] = AtomicU64::new(CODE32_SEGMENT);
+    entries[CODE16 as usize / 8] = AtomicU64::new(CODE16_SEGMENT);
+    entries[DATA16 as usize / 8] = AtomicU64::new(DATA16_SEGMENT);
+    entries[CODE32_RING3 as usize / 8] = AtomicU64::new(CODE32_SEGMENT | 3 << 45);
+    entries[CODE16_FLAT as usize / 8] = AtomicU64::new(CODE16_FLAT_SEGMENT);
+    entries
+}
 
 /// Operand of LGDT and LIDT.
 #[repr(C, packed)]
@@ -84,7 +93,7 @@ impl TablePointer {
 
 /// The 64-bit TSS (SDM volume 3, "Task Management in 64-bit Mode").
 #[repr(C, packed)]
-struct TaskState {
+struct TaskStateSegment {
     reserved: u32,
     stacks: [u64; 3],
     reserved2: u64,
@@ -93,21 +102,26 @@ struct TaskState {
     io_map: u16,
 }
 
-const _: () = assert!(size_of::<TaskState>() == 104);
+const _: () = assert!(size_of::<TaskStateSegment>() == 104);
 
-struct TaskStateCell(UnsafeCell<TaskState>);
-// SAFETY: written once at start, by the only processor; after that only the processor itself reads
-// it.
-unsafe impl Sync for TaskStateCell {}
+/// A CPU's TSS.
+#[repr(C, align(128))]
+pub(crate) struct TaskState(UnsafeCell<TaskStateSegment>);
+// SAFETY: written when its CPU starts, by that CPU; after that only the processor itself reads it.
+unsafe impl Sync for TaskState {}
 
-static TASK_STATE: TaskStateCell = TaskStateCell(UnsafeCell::new(TaskState {
-    reserved: 0,
-    stacks: [0; 3],
-    reserved2: 0,
-    interrupt_stacks: [0; 7],
-    reserved3: [0; 5],
-    io_map: size_of::<TaskState>() as u16,
-}));
+impl TaskState {
+    pub(crate) const fn new() -> Self {
+        Self(UnsafeCell::new(TaskStateSegment {
+            reserved: 0,
+            stacks: [0; 3],
+            reserved2: 0,
+            interrupt_stacks: [0; 7],
+            reserved3: [0; 5],
+            io_map: 0,
+        }))
+    }
+}
 
 /// A stack; the processor and compiled code alike count on the alignment of its top.
 #[repr(C, align(16))]
@@ -126,32 +140,43 @@ impl<const BYTES: usize> Stack<BYTES> {
     }
 }
 
-static EXCEPTION_STACK: Stack<0x4000> = Stack::new();
-static DOUBLE_FAULT_STACK: Stack<0x2000> = Stack::new();
-
 /// The GDT entry of a TSS at `base`, its lower half.
 pub(crate) fn tss_descriptor(base: u64, bytes: usize) -> u64 {
     TSS_AVAILABLE | (base & 0xFF_FFFF) << 16 | (base >> 24 & 0xFF) << 56 | (bytes as u64 - 1)
 }
 
-/// Sets up the TSS with its stacks and loads it.
-pub(crate) fn init() {
-    let state = TASK_STATE.0.get();
-    // SAFETY: start-up: nothing else has a reference to it.
+/// Sets up this CPU's TSS with its stacks and loads it.
+pub(crate) fn init(cpu: usize) {
+    let area = area::area();
+    area.local.cpu.store(cpu as u64, Ordering::Relaxed);
+    let mut interrupt_stacks = [0; 7];
+    interrupt_stacks[IST_EXCEPTION as usize - 1] = area.exception.top();
+    interrupt_stacks[IST_DOUBLE_FAULT as usize - 1] = area.double_fault.top();
+    interrupt_stacks[IST_NMI as usize - 1] = area.nmi.top();
+    // SAFETY: start-up of this CPU: nothing else has a reference to it.
     unsafe {
-        (*state).stacks[0] = EXCEPTION_STACK.top();
-        (*state).interrupt_stacks[IST_EXCEPTION as usize - 1] = EXCEPTION_STACK.top();
-        (*state).interrupt_stacks[IST_DOUBLE_FAULT as usize - 1] = DOUBLE_FAULT_STACK.top();
+        *area.local.task_state.0.get() = TaskStateSegment {
+            reserved: 0,
+            stacks: [area.exception.top(), 0, 0],
+            reserved2: 0,
+            interrupt_stacks,
+            reserved3: [0; 5],
+            io_map: size_of::<TaskStateSegment>() as u16,
+        };
     }
     load_tss();
 }
 
-/// Loads the 64-bit TSS into TR, from a fresh descriptor: LTR wants one that is not busy.
+/// Loads this CPU's 64-bit TSS into TR, from a fresh descriptor: LTR wants one that is not busy.
 pub(crate) fn load_tss() {
-    let base = TASK_STATE.0.get() as u64;
-    let entry = usize::from(TSS / 8);
-    GDT.0[entry].store(tss_descriptor(base, size_of::<TaskState>()), Ordering::Relaxed);
+    let local = area::local();
+    let base = local.task_state.0.get() as u64;
+    let entry = match local.cpu.load(Ordering::Relaxed) as usize {
+        0 => usize::from(TSS / 8),
+        other => OTHER_TSS + 2 * (other - 1),
+    };
+    GDT.0[entry].store(tss_descriptor(base, size_of::<TaskStateSegment>()), Ordering::Relaxed);
     GDT.0[entry + 1].store(base >> 32, Ordering::Relaxed);
     // SAFETY: the descriptor is that of a TSS which lives for ever.
-    unsafe { asm!("ltr {:x}", in(reg) TSS, options(nostack, preserves_flags)) };
+    unsafe { asm!("ltr {:x}", in(reg) entry * 8, options(nostack, preserves_flags)) };
 }

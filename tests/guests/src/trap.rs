@@ -1,11 +1,12 @@
 //! Exceptions and interrupts: the IDT, what an exception was, and instructions that are allowed to
 //! raise one.
 
-use core::arch::global_asm;
-use core::fmt;
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::arch::{asm, global_asm};
+use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use core::{fmt, mem};
 
-use crate::segments::{self, IST_DOUBLE_FAULT, IST_EXCEPTION, Table, TablePointer};
+use crate::area::{local, this_cpu};
+use crate::segments::{self, IST_DOUBLE_FAULT, IST_EXCEPTION, IST_NMI, Table, TablePointer};
 use crate::{cpu, exit, println, ring};
 
 /// Vectors that the guests speak of (SDM volume 3, "Exceptions and Interrupts Reference").
@@ -90,11 +91,11 @@ macro_rules! probe {
             "push {probe_rflags}",
             "popfq",
             "lea {probe_at}, [rip + 93f]",
-            "mov qword ptr [rip + {probe_recovery}], {probe_at}",
+            "mov qword ptr [{probe_recovery}], {probe_at}",
             "lea {probe_at}, [rip + 92f]",
             "92:",
             $($line,)+
-            "mov qword ptr [rip + {probe_recovery}], 0",
+            "mov qword ptr [{probe_recovery}], 0",
             "93:",
             "pushfq",
             "pop {probe_rflags}",
@@ -102,32 +103,35 @@ macro_rules! probe {
             $($($operands)*,)?
             probe_rflags = inout(reg) rflags,
             probe_at = out(reg) at,
-            probe_recovery = sym $crate::trap::RECOVERY,
+            probe_recovery = in(reg) $crate::trap::recovery(),
         );
         $crate::trap::Run { at, rflags, caught: $crate::trap::take() }
     }};
 }
 
-/// Where a [`probe!`](crate::probe) that runs wants to go on after an exception; 0 when none runs.
+/// Where this CPU's probes say where they want to go on after an exception.
 #[doc(hidden)]
-pub static RECOVERY: AtomicU64 = AtomicU64::new(0);
+pub fn recovery() -> *mut u64 {
+    local().recovery.as_ptr()
+}
 
-/// The last exception that a probe caught: vector plus one (0: none), error, RIP, CPL, address.
-static CAUGHT: [AtomicU64; 5] = [const { AtomicU64::new(0) }; 5];
-
-/// The exception that the last probe caught, once.
+/// The exception that this CPU's last probe caught, once.
 #[doc(hidden)]
 pub fn take() -> Option<Exception> {
+    let caught = &local().caught;
     let [vector, error, rip, cpl, address] =
-        [0, 1, 2, 3, 4].map(|index| CAUGHT[index].load(Ordering::Relaxed));
-    CAUGHT[0].store(0, Ordering::Relaxed);
+        [0, 1, 2, 3, 4].map(|index| caught[index].load(Ordering::Relaxed));
+    caught[0].store(0, Ordering::Relaxed);
     let vector = vector.checked_sub(1)? as u8;
     Some(Exception { vector, error, rip, cpl: cpl as u8, address })
 }
 
 /// Ends the guest because of an exception that nothing asked for.
 pub fn unexpected(exception: Exception) -> ! {
-    println!("unexpected {exception}");
+    match this_cpu() {
+        0 => println!("unexpected {exception}"),
+        cpu => println!("unexpected {exception} on CPU {cpu}"),
+    }
     exit::exit(exit::UNEXPECTED_EXCEPTION)
 }
 
@@ -145,19 +149,64 @@ struct Frame {
 
 extern "C" fn dispatch(frame: &mut Frame) {
     let vector = frame.vector as u8;
+    if vector >= FIRST_INTERRUPT || vector == vector::NMI && INTERRUPTS.load(Ordering::Relaxed) {
+        return interrupt(vector);
+    }
     let address = if vector == vector::PAGE_FAULT { cpu::cr2() } else { 0 };
     let cpl = (frame.cs & 3) as u8;
     let exception = Exception { vector, error: frame.error, rip: frame.rip, cpl, address };
-    let recovery = RECOVERY.swap(0, Ordering::Relaxed);
+    let local = local();
+    let recovery = local.recovery.swap(0, Ordering::Relaxed);
     if recovery == 0 {
         unexpected(exception);
     }
     let fields =
         [u64::from(vector) + 1, exception.error, exception.rip, u64::from(cpl), exception.address];
-    for (slot, field) in CAUGHT.iter().zip(fields) {
+    for (slot, field) in local.caught.iter().zip(fields) {
         slot.store(field, Ordering::Relaxed);
     }
     frame.rip = recovery;
+}
+
+/// The first vector that is not an exception's.
+pub const FIRST_INTERRUPT: u8 = 32;
+/// One behind the last vector that has a stub.
+const STUBS: u8 = 0x80;
+
+/// Whether interrupts are taken.
+static INTERRUPTS: AtomicBool = AtomicBool::new(false);
+/// What is called when an interrupt arrives: a `fn()`, or 0.
+static ACTIONS: [AtomicU64; STUBS as usize] = [const { AtomicU64::new(0) }; STUBS as usize];
+
+/// Takes interrupts (32..=0x7F) and NMIs from now on: each counts at the CPU where it arrives, and
+/// the interrupts get their EOI, by x2APIC.
+pub fn take_interrupts() {
+    INTERRUPTS.store(true, Ordering::Relaxed);
+    (FIRST_INTERRUPT..STUBS).for_each(set_runtime_gate);
+}
+
+/// Calls `action` each time this interrupt (at most 0x7F) or NMI arrives, before it counts.
+///
+/// `action` runs with interrupts off, in the middle of whatever: it does not use
+/// [`probe!`](crate::probe), nor what is made of it.
+pub fn on_interrupt(vector: u8, action: fn()) {
+    ACTIONS[usize::from(vector)].store(action as usize as u64, Ordering::Relaxed);
+}
+
+fn interrupt(vector: u8) {
+    const EOI: u32 = 0x80B;
+    let action = ACTIONS[usize::from(vector)].load(Ordering::Relaxed);
+    if action != 0 {
+        // SAFETY: stored as a `fn()`.
+        unsafe { mem::transmute::<usize, fn()>(action as usize)() };
+    }
+    // Only this CPU writes it. Release: who sees the count sees what `action` did.
+    let count = &local().arrived[usize::from(vector)];
+    count.store(count.load(Ordering::Relaxed) + 1, Ordering::Release);
+    if vector != vector::NMI {
+        // SAFETY: EOI of an interrupt, at its end.
+        unsafe { asm!("wrmsr", in("ecx") EOI, in("eax") 0, in("edx") 0, options(nostack)) };
+    }
 }
 
 // One stub of 16 bytes per vector: it pushes a zero where the processor pushes no error code (those
@@ -170,9 +219,9 @@ global_asm!(
     .balign 16
 exception_stubs:
     .set vector, 0
-    .rept 32
+    .rept {stubs}
     .balign 16
-    .if ((0x60227D00 >> vector) & 1) == 0
+    .if vector >= 32 || ((0x60227D00 >> (vector & 31)) & 1) == 0
     push 0
     .endif
     .byte 0x6A, vector
@@ -211,15 +260,16 @@ exception_common:
     .popsection
     "#,
     dispatch = sym dispatch,
+    stubs = const STUBS,
 );
 
 unsafe extern "C" {
-    /// 32 stubs of 16 bytes.
+    /// Stubs of 16 bytes.
     safe static exception_stubs: u8;
 }
 
 /// Two words for each vector up to [`vector::RETURN`]. Those of interrupts, from 32 on, are not
-/// present unless [`with_handler`] makes them so.
+/// present unless something below makes them so.
 static IDT: Table<{ 2 * (vector::RETURN as usize + 1) }> =
     Table([const { AtomicU64::new(0) }; 2 * (vector::RETURN as usize + 1)]);
 
@@ -257,7 +307,8 @@ pub unsafe fn with_handler<R>(
 ) -> R {
     let gate = [0, 1].map(|word| &IDT.0[2 * usize::from(vector) + word]);
     let before = gate.map(|word| word.load(Ordering::Relaxed));
-    set_gate(vector, handler as *const () as u64, IST_EXCEPTION, 0);
+    // SAFETY: the caller vouches for the handler.
+    unsafe { set_handler(vector, handler) };
     let result = f();
     for (word, before) in gate.iter().zip(before) {
         word.store(before, Ordering::Relaxed);
@@ -265,16 +316,33 @@ pub unsafe fn with_handler<R>(
     result
 }
 
-/// Points the vector of an exception at its stub.
+/// Lets `handler` take the exceptions or interrupts of this vector (0..=0x7F), on every CPU.
+///
+/// # Safety
+///
+/// As [`with_handler`].
+pub unsafe fn set_handler(vector: u8, handler: unsafe extern "C" fn()) {
+    set_gate(vector, handler as *const () as u64, stack_of(vector), 0);
+}
+
+/// Points a vector at its stub.
 fn set_runtime_gate(vector: u8) {
-    let stack = if vector == vector::DOUBLE_FAULT { IST_DOUBLE_FAULT } else { IST_EXCEPTION };
     let stub = &raw const exception_stubs as u64 + 16 * u64::from(vector);
-    set_gate(vector, stub, stack, 0);
+    set_gate(vector, stub, stack_of(vector), 0);
+}
+
+/// Index of the IST stack of a vector.
+fn stack_of(vector: u8) -> u64 {
+    match vector {
+        vector::NMI => IST_NMI,
+        vector::DOUBLE_FAULT => IST_DOUBLE_FAULT,
+        _ => IST_EXCEPTION,
+    }
 }
 
 /// Loads the IDT.
 pub(crate) fn load_idt() {
     let pointer = TablePointer::to(&IDT);
     // SAFETY: the table lives for ever and its gates lead to the stubs.
-    unsafe { core::arch::asm!("lidt [{}]", in(reg) &pointer, options(nostack, preserves_flags)) };
+    unsafe { asm!("lidt [{}]", in(reg) &pointer, options(nostack, preserves_flags)) };
 }
