@@ -1,10 +1,8 @@
 //! The run queue of one CPU: who waits for it, in the order of weighted virtual time. Only that CPU
 //! touches it.
 
-use alloc::collections::BinaryHeap;
-use alloc::collections::binary_heap::PeekMut;
+use alloc::collections::{BinaryHeap, VecDeque};
 use core::cmp::Ordering;
-use core::mem;
 
 /// One that waits.
 struct Entry<T> {
@@ -41,13 +39,63 @@ impl<T> PartialEq for Entry<T> {
 
 impl<T> Eq for Entry<T> {}
 
+/// Those that wait, in order. Who had its turn is mostly behind all others, so that a plain queue
+/// has most of them, in order by itself; the others are in a heap. What it takes does then not grow
+/// with their number.
+struct Lane<T> {
+    sorted: VecDeque<Entry<T>>,
+    others: BinaryHeap<Entry<T>>,
+}
+
+impl<T> Lane<T> {
+    fn new(capacity: usize) -> Self {
+        Self {
+            sorted: VecDeque::with_capacity(capacity),
+            others: BinaryHeap::with_capacity(capacity),
+        }
+    }
+
+    fn push(&mut self, entry: Entry<T>) {
+        // Greater means earlier.
+        if self.sorted.back().is_none_or(|last| *last > entry) {
+            self.sorted.push_back(entry);
+        } else {
+            self.others.push(entry);
+        }
+    }
+
+    #[inline]
+    fn peek(&self) -> Option<&Entry<T>> {
+        let first = self.sorted.front();
+        // `None` is less than any entry.
+        if self.others.is_empty() { first } else { first.max(self.others.peek()) }
+    }
+
+    #[inline]
+    fn pop(&mut self) -> Option<Entry<T>> {
+        if self.others.is_empty() || self.sorted.front() > self.others.peek() {
+            self.sorted.pop_front()
+        } else {
+            self.others.pop()
+        }
+    }
+
+    fn is_empty(&self) -> bool {
+        self.sorted.is_empty() && self.others.is_empty()
+    }
+
+    fn len(&self) -> usize {
+        self.sorted.len() + self.others.len()
+    }
+}
+
 /// A run queue. It allocates when it is made and never again. All steps take a time that grows
-/// with the logarithm of the length.
+/// with the logarithm of the length at most.
 pub struct RunQueue<T> {
-    /// Those that other CPUs may take, and those that have to stay. Two heaps, so that the first
+    /// Those that other CPUs may take, and those that have to stay: apart, so that the first
     /// movable one is found without a search.
-    movable: BinaryHeap<Entry<T>>,
-    fixed: BinaryHeap<Entry<T>>,
+    movable: Lane<T>,
+    fixed: Lane<T>,
     capacity: usize,
     pushed: u64,
 }
@@ -55,8 +103,8 @@ pub struct RunQueue<T> {
 impl<T> RunQueue<T> {
     /// An empty one, for `capacity` items.
     pub fn new(capacity: usize) -> Self {
-        let heap = || BinaryHeap::with_capacity(capacity);
-        Self { movable: heap(), fixed: heap(), capacity, pushed: 0 }
+        let lane = || Lane::new(capacity);
+        Self { movable: lane(), fixed: lane(), capacity, pushed: 0 }
     }
 
     /// Adds an item; `movable` says whether other CPUs may have it.
@@ -66,51 +114,40 @@ impl<T> RunQueue<T> {
     /// If the queue is full: a mistake of ours.
     pub fn push(&mut self, vruntime: u64, movable: bool, item: T) {
         assert!(self.len() < self.capacity, "run queue: more than {} items", self.capacity);
-        let heap = if movable { &mut self.movable } else { &mut self.fixed };
-        heap.push(Entry { vruntime, order: self.pushed, item });
+        let lane = if movable { &mut self.movable } else { &mut self.fixed };
+        lane.push(Entry { vruntime, order: self.pushed, item });
         self.pushed += 1;
     }
 
     /// Takes the item with the smallest virtual time, and among equals the one that came first.
     pub fn pop(&mut self) -> Option<(u64, T)> {
-        // `None` is less than any entry.
-        let heap = if self.movable.peek() > self.fixed.peek() {
-            &mut self.movable
-        } else {
-            &mut self.fixed
-        };
-        heap.pop().map(|entry| (entry.vruntime, entry.item))
+        let from_movable = self.fixed.is_empty() || self.movable.peek() > self.fixed.peek();
+        let lane = if from_movable { &mut self.movable } else { &mut self.fixed };
+        lane.pop().map(|entry| (entry.vruntime, entry.item))
     }
 
-    /// A push and a pop in one, which costs half: for the item that has just had its turn.
+    /// A push and a pop: for the item that has just had its turn, and may be the next again.
     pub fn push_pop(&mut self, vruntime: u64, movable: bool, item: T) -> (u64, T) {
-        let from_movable = self.movable.peek() > self.fixed.peek();
-        let heap = if from_movable { &mut self.movable } else { &mut self.fixed };
-        let entry = Entry { vruntime, order: self.pushed, item };
-        let comes_later = heap.peek().is_some_and(|first| *first > entry);
-        if comes_later && movable == from_movable {
-            self.pushed += 1;
-            let mut first = heap.peek_mut().expect("it was there just now");
-            let first = mem::replace(&mut *first, entry);
-            return (first.vruntime, first.item);
+        if self.peek().is_none_or(|first| first > vruntime) {
+            return (vruntime, item);
         }
-        if !comes_later {
-            return (vruntime, entry.item);
-        }
-        self.push(vruntime, movable, entry.item);
+        self.push(vruntime, movable, item);
         self.pop().expect("one was pushed just now")
     }
 
     /// The smallest virtual time.
+    #[inline]
     pub fn peek(&self) -> Option<u64> {
-        self.movable.peek().max(self.fixed.peek()).map(|entry| entry.vruntime)
+        let movable = self.movable.peek();
+        let first = if self.fixed.is_empty() { movable } else { movable.max(self.fixed.peek()) };
+        first.map(|entry| entry.vruntime)
     }
 
     /// Takes the first movable item if `accept` says yes. The others are not looked at.
     pub fn pop_movable(&mut self, accept: impl FnOnce(&T) -> bool) -> Option<(u64, T)> {
-        let first = self.movable.peek_mut().filter(|first| accept(&first.item))?;
-        let entry = PeekMut::pop(first);
-        Some((entry.vruntime, entry.item))
+        let first = self.movable.peek()?;
+        let entry = if accept(&first.item) { self.movable.pop() } else { None };
+        entry.map(|entry| (entry.vruntime, entry.item))
     }
 
     /// The first movable item.
@@ -183,7 +220,8 @@ mod tests {
     fn it_does_what_a_sorted_list_does_and_never_grows() {
         let mut random = Random::new();
         let mut queue = RunQueue::new(40);
-        let capacities = |queue: &RunQueue<u64>| (queue.movable.capacity(), queue.fixed.capacity());
+        let of = |lane: &Lane<u64>| (lane.sorted.capacity(), lane.others.capacity());
+        let capacities = |queue: &RunQueue<u64>| (of(&queue.movable), of(&queue.fixed));
         let before = capacities(&queue);
         // Virtual time, item, movable; stable when sorted by time.
         let mut model: Vec<(u64, u64, bool)> = Vec::new();
