@@ -1,31 +1,36 @@
 //! The panic path: no allocation, no lock that could be held, once.
 
 use core::panic::PanicInfo;
-use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use core::sync::atomic::{AtomicU32, Ordering};
 
-use crate::percpu::PerCpu;
 use crate::x86::apic::LocalApic;
-use crate::x86::exceptions::STOP;
 use crate::{events, percpu, power, serial};
+
+/// Nobody panics.
+const NOBODY: u32 = u32::MAX;
+
+/// The CPU that panics.
+static PANICKING: AtomicU32 = AtomicU32::new(NOBODY);
+
+/// Whether a CPU panics: the others stop.
+pub fn is_panicking() -> bool {
+    PANICKING.load(Ordering::Relaxed) != NOBODY
+}
 
 #[panic_handler]
 fn panic(info: &PanicInfo<'_>) -> ! {
-    static PANICKING: AtomicBool = AtomicBool::new(false);
     let cpu = percpu::try_this();
-    if PANICKING.swap(true, Ordering::Relaxed) {
-        if STOP.load(Ordering::Relaxed) && !is_panicking(cpu) {
-            // Another CPU came first.
-            stop();
-        }
+    let me = cpu.map_or(0, |cpu| cpu.index);
+    match PANICKING.compare_exchange(NOBODY, me, Ordering::SeqCst, Ordering::Relaxed) {
+        Ok(_) => {}
         // The message itself went wrong: say nothing more.
-        power::off();
+        Err(first) if first == me => power::off(),
+        Err(_) => percpu::stop(),
     }
-    PANICKING_CPU.store(cpu.map_or(0, |cpu| cpu.index), Ordering::Relaxed);
-    STOP.store(true, Ordering::SeqCst);
     if cpu.is_some() {
         percpu::stop_others(LocalApic::current());
     }
-    // SAFETY: whoever held the ports is this CPU or has been told to stop, and will not go on.
+    // SAFETY: whoever held the ports is this CPU or has stopped, and will not go on.
     unsafe {
         serial::LOG.break_lock();
         serial::EVENTS.break_lock();
@@ -39,21 +44,6 @@ fn panic(info: &PanicInfo<'_>) -> ! {
     });
     events::write(percpu::stamp(), "panic", |json| json.text("message", info));
     power::off();
-}
-
-/// The CPU whose panic it is.
-static PANICKING_CPU: AtomicU32 = AtomicU32::new(0);
-
-fn is_panicking(cpu: Option<&PerCpu>) -> bool {
-    cpu.map_or(0, |cpu| cpu.index) == PANICKING_CPU.load(Ordering::Relaxed)
-}
-
-/// This CPU does nothing any more.
-pub fn stop() -> ! {
-    loop {
-        x86_64::instructions::interrupts::disable();
-        x86_64::instructions::hlt();
-    }
 }
 
 /// Referred to by the precompiled `core` library; never called, since panics abort.

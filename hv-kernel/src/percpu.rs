@@ -7,6 +7,7 @@ use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use spin::Once;
 use vmx::instruction::{InvEpt, expire_preemption_timer, invept, now};
 use x86_64::VirtAddr;
+use x86_64::instructions::{hlt, interrupts};
 use x86_64::registers::model_specific::GsBase;
 
 use crate::events::Stamp;
@@ -145,7 +146,8 @@ impl PerCpu {
             // SAFETY: in VMX operation, as the caller has seen.
             let flushed = unsafe { invept(InvEpt::AllContexts) };
             flushed.expect("INVEPT all-context is a required capability");
-            self.flushes_done.store(wanted, Ordering::Release);
+            // An NMI may have come in between and done more.
+            self.flushes_done.fetch_max(wanted, Ordering::Release);
         }
     }
 }
@@ -217,8 +219,29 @@ pub fn shoot_down(set: u64, own: LocalApic) {
     }
 }
 
-/// Stops all other CPUs for good: for a panic. They do not answer.
+/// CPUs that have stopped for good.
+static STOPPED: AtomicU64 = AtomicU64::new(0);
+/// How long a panic waits for them, in ticks of the TSC.
+const STOP_WITHIN: u64 = 10_000_000;
+
+/// Stops all other CPUs for good, for a panic: returns when they have, or do not answer.
 pub fn stop_others(own: LocalApic) {
     let me = try_this().map_or(0, PerCpu::bit);
-    all(online() & !me).for_each(|cpu| cpu.kick(own));
+    let others = online() & !me;
+    all(others).for_each(|cpu| cpu.kick(own));
+    let start = now();
+    while STOPPED.load(Ordering::SeqCst) & others != others
+        && now().wrapping_sub(start) < STOP_WITHIN
+    {
+        core::hint::spin_loop();
+    }
+}
+
+/// This CPU does nothing any more.
+pub fn stop() -> ! {
+    STOPPED.fetch_or(try_this().map_or(0, PerCpu::bit), Ordering::SeqCst);
+    loop {
+        interrupts::disable();
+        hlt();
+    }
 }

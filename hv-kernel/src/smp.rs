@@ -285,7 +285,7 @@ extern "C" fn arrive(argument: u64) -> ! {
             launch.answer.call_once(|| Err(why));
         }
     }
-    crate::panic::stop();
+    percpu::stop();
 }
 
 fn come_online(shared: &'static PerCpu, common: &'static Common) -> Result<(Cpu, Vmx), LeftOut> {

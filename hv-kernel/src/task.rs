@@ -297,7 +297,8 @@ impl Cpu {
             Stop::Slice | Stop::Held => return,
             Stop::Halt(until) => {
                 let now = now();
-                thread.halted = Some(now);
+                // Without a timer, what it waits for is not its own time.
+                thread.halted = until.map(|_| now);
                 let limit = now.saturating_add(thread.ticks_left);
                 thread.next = Next::Sleep(until.map(|until| until.min(limit)));
                 return;

@@ -595,6 +595,7 @@ impl Loaded<'_> {
 
     #[inline(always)]
     fn write_test_ctrl(&mut self, host: &mut impl Host, value: u64) -> Result<bool, Stop> {
+        self.end_split_lock_step(host)?;
         let (pinned, task) = host.sld();
         let result = self
             .vcpu
@@ -692,6 +693,10 @@ impl Loaded<'_> {
             ticks = ticks.min(deadline.saturating_sub(guest_now));
         }
         self.vcpu.attention_at = now.saturating_add(ticks);
+        // After the one instruction of a step there is always something to do.
+        if !self.vcpu.step.is_empty() {
+            self.want_attention();
+        }
         let count = (ticks >> self.caps().preemption_timer_shift()).min(u64::from(u32::MAX));
         self.vmcs.write(PREEMPTION_TIMER_VALUE, count as u32);
         // The NMI handler has written 0 there, perhaps just before.

@@ -2,7 +2,6 @@
 
 use alloc::boxed::Box;
 use core::arch::{asm, naked_asm};
-use core::sync::atomic::{AtomicBool, Ordering};
 
 use spin::Once;
 use x86_64::VirtAddr;
@@ -219,13 +218,10 @@ pub fn unblock_nmis() {
     }
 }
 
-/// Set by a CPU that panics: the others stop at their next NMI.
-pub static STOP: AtomicBool = AtomicBool::new(false);
-
 /// An NMI, wherever it was taken.
 pub fn on_nmi() {
-    if STOP.load(Ordering::Relaxed) {
-        panic::stop();
+    if panic::is_panicking() {
+        percpu::stop();
     }
     // Before a CPU has its data, nobody has anything for it.
     if let Some(cpu) = percpu::try_this() {
