@@ -81,7 +81,7 @@ pub struct VmConfig {
     /// What is done when the guest splits a lock; the host's mode if absent.
     #[serde(default, deserialize_with = "optional_mode")]
     pub policy: Option<SldMode>,
-    /// The VM is ended once it has run for this many ticks of the TSC; never if absent.
+    /// The VM is ended once one of its vCPUs has run for this many ticks of the TSC; never if absent.
     #[serde(default)]
     pub limit_ticks: Option<u64>,
     /// Fields of the VMCS's guest-state area, by name, that are to have other values at the start.

@@ -16,8 +16,9 @@
 //! the holder. The holder waits for nobody once it is alone. So there is no circle, provided that
 //! the callers keep four rules:
 //!
-//! 1. Whoever is inside waits for nobody, apart from the holder in [`Gate::is_alone`]. A closer
-//!    that comes second leaves first.
+//! 1. Whoever is inside waits for nobody, apart from the holder in [`Gate::is_alone`], and from a
+//!    vCPU whose thread is held at its core's gate, which opens soon (4). A closer that comes second
+//!    leaves first.
 //! 2. Only [`Gate::enter`] notes who is held. Whoever leaves since it is wanted out, or comes second
 //!    in [`Gate::close`], has to enter again before it sleeps, or nobody will wake it. Before it
 //!    sleeps it looks whether it was woken; that somebody holds the gate says nothing, since that

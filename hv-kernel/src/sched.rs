@@ -28,7 +28,7 @@ use crate::runqueue::RunQueue;
 use crate::serial;
 use crate::task::{Next, Thread, VcpuTask};
 use crate::vm::{MAX_VCPUS, Reason, Slot, Vm};
-use crate::x86::apic::{LocalApic, TIMER_VECTOR};
+use crate::x86::apic::{LocalApic, SPURIOUS_VECTOR, TIMER_VECTOR};
 use crate::x86::idle;
 use crate::x86::msr::TestCtrlMsr;
 
@@ -50,7 +50,7 @@ static DONE: AtomicBool = AtomicBool::new(false);
 /// The weight that changes nothing.
 const USUAL_WEIGHT: u64 = 100;
 /// How many slices a task may be ahead or behind when it comes to a CPU.
-const MAX_LAG_SLICES: u64 = 4;
+const MAX_LAG_SLICES: u64 = 2;
 /// What a wake-up costs others, in ticks of the TSC: a kick, and two switches. Whoever is woken
 /// pays for it in virtual time, so that vCPUs which wake each other all the time do not live on
 /// the time of those whom they interrupt.
@@ -197,12 +197,14 @@ impl Cpu {
     /// A task comes from another CPU, where time may have gone faster or slower: whatever it was
     /// ahead or behind there, it neither waits for long here nor has the others wait.
     fn welcome(&mut self, mut task: Box<VcpuTask>) {
-        // Without a task there is nobody to compare with.
-        if self.shared.front.load(Ordering::Relaxed) != u64::MAX {
-            let lag = MAX_LAG_SLICES.saturating_mul(self.policy.slice_ticks);
-            let least = self.floor.saturating_sub(lag);
-            task.thread.vruntime =
-                task.thread.vruntime.clamp(least, self.floor.saturating_add(lag));
+        let lag = MAX_LAG_SLICES.saturating_mul(self.policy.slice_ticks);
+        let vruntime = &mut task.thread.vruntime;
+        *vruntime = (*vruntime).max(self.floor.saturating_sub(lag));
+        if self.shared.front.load(Ordering::Relaxed) == u64::MAX {
+            // Here time has stood still.
+            self.floor = self.floor.max(*vruntime);
+        } else {
+            *vruntime = (*vruntime).min(self.floor.saturating_add(lag));
         }
         self.enqueue(task);
     }
@@ -262,8 +264,10 @@ impl Cpu {
     fn give(&mut self, mut task: Box<VcpuTask>, target: &'static PerCpu) {
         // SAFETY: this CPU owns the task, which is put: it comes out of the queue.
         if !unsafe { task.clear() } {
-            // Its VM is over: it stays, to be retired here.
+            // It stays, to be retired here.
+            let vm = task.thread.vm.clone();
             self.enqueue(task);
+            self.end_vm(&vm, Reason::End(End::PlatformFault));
             return;
         }
         if self.policy.migrate_exits.is_some() {
@@ -523,14 +527,15 @@ impl Cpu {
 
     /// An interrupt came while a guest ran.
     pub fn interrupt(&self, vector: u8) {
-        if vector == TIMER_VECTOR {
-            // It was armed for a sleep that has ended.
-            self.apic.end_of_interrupt();
-        } else {
-            log::warn!(
-                "interrupt {vector} on CPU {}: no device is set up for any",
-                self.shared.index
-            );
+        static TOLD: AtomicBool = AtomicBool::new(false);
+        if vector == SPURIOUS_VECTOR {
+            return;
+        }
+        self.apic.end_of_interrupt();
+        // The timer was armed for a sleep that has ended.
+        if vector != TIMER_VECTOR && !TOLD.swap(true, Ordering::Relaxed) {
+            let cpu = self.shared.index;
+            log::warn!("interrupt {vector} on CPU {cpu}: no device is set up for any");
         }
     }
 

@@ -87,6 +87,8 @@ impl fmt::Display for LeftOut {
 struct Launch {
     shared: &'static PerCpu,
     common: &'static Common,
+    /// The CPU is ready, or it was given up: who is first decides.
+    decided: AtomicBool,
     answer: Once<Result<(), LeftOut>>,
 }
 
@@ -167,10 +169,12 @@ impl BootCpu {
             pat: self.vmx.host.pat,
             root: startup.kernel_root(),
         }));
+        let mut all_answered = true;
         for apic_id in others {
             match self.start_one(&startup, *apic_id, common) {
                 Ok(()) => self.others += 1,
                 Err(why) => {
+                    all_answered &= !matches!(why, LeftOut::NoAnswer);
                     log::warn!("the CPU with APIC ID {apic_id} is not used: {why}");
                     events::write(percpu::stamp(), "cpu-refused", |json| {
                         json.number("apic_id", *apic_id)?;
@@ -178,6 +182,10 @@ impl BootCpu {
                     });
                 }
             }
+        }
+        if !all_answered {
+            // One may still come, and use the tables.
+            core::mem::forget(startup);
         }
     }
 
@@ -190,20 +198,28 @@ impl BootCpu {
         let stack = stack::allocate(STACK_BYTES).ok_or(LeftOut::OutOfMemory)?;
         // Its index is given for good only once it is online.
         let shared = make(self.others + 1, apic_id, &mut self.cores);
-        let launch: &'static Launch =
-            Box::leak(Box::new(Launch { shared, common, answer: Once::new() }));
+        let launch: &'static Launch = Box::leak(Box::new(Launch {
+            shared,
+            common,
+            decided: AtomicBool::new(false),
+            answer: Once::new(),
+        }));
         let argument = &raw const *launch as u64;
         if !startup.start(LocalApic::current(), apic_id, stack, arrive, argument) {
             return Err(LeftOut::NoAnswer);
         }
         let start = now();
-        while now().wrapping_sub(start) < READY_WITHIN {
+        loop {
             if let Some(answer) = launch.answer.get() {
                 return *answer;
             }
+            let late = now().wrapping_sub(start) >= READY_WITHIN;
+            // If it was ready just before, its answer comes.
+            if late && !launch.decided.swap(true, Ordering::AcqRel) {
+                return Err(LeftOut::NoAnswer);
+            }
             core::hint::spin_loop();
         }
-        Err(LeftOut::NoAnswer)
     }
 
     /// Runs the VMs on all CPUs, until all are done with and the other CPUs have left.
@@ -272,7 +288,10 @@ extern "C" fn arrive(argument: u64) -> ! {
     // SAFETY: the kernel's page tables, which map all that the startup's do above the lower half.
     unsafe { Cr3::write(root, Cr3Flags::from_bits_truncate(common.root)) };
     match come_online(launch.shared, common) {
+        // Nobody waits for it any more.
+        Ok((mut cpu, vmx)) if launch.decided.swap(true, Ordering::AcqRel) => leave(&mut cpu, vmx),
         Ok((mut cpu, vmx)) => {
+            say_online(launch.shared);
             launch.answer.call_once(|| Ok(()));
             while !GO.load(Ordering::Acquire) {
                 core::hint::spin_loop();
@@ -315,7 +334,6 @@ fn come_online(shared: &'static PerCpu, common: &'static Common) -> Result<(Cpu,
     let mut cpu = Cpu::new(shared, sld, vmx.host, apic, common.policy);
     cpu.note(Ok(real_bit));
     cpu.write_events();
-    say_online(shared);
     Ok((cpu, vmx))
 }
 

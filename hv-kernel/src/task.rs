@@ -127,7 +127,7 @@ impl VcpuTask {
     }
 
     /// Writes the VMCS back to memory, so that another CPU may load it. False if that failed, which
-    /// is the platform's fault; then it can run nowhere.
+    /// is the platform's fault; then it can run nowhere, and the caller ends the VM.
     ///
     /// # Safety
     ///
@@ -141,7 +141,6 @@ impl VcpuTask {
             }
             Err(fail) => {
                 log::error!("VMCLEAR of {}: {fail}", self.thread.vm.name);
-                self.thread.vm.end(Reason::End(End::EntryFailed(fail)));
                 false
             }
         }
@@ -239,6 +238,8 @@ impl Cpu {
         if thread.last_cpu.replace(cpu.index).is_some_and(|last| last != cpu.index) {
             thread.counters.migrations += 1;
         }
+        // Also if the load fails half way.
+        thread.resident = true;
         // SAFETY: interrupts are off; the vCPU is put below, before this CPU does anything else,
         // and no other CPU has the task; `host` describes this CPU.
         let stop = match unsafe { vcpu.load(&self.host) } {
@@ -247,7 +248,6 @@ impl Cpu {
                 Stop::End(End::EntryFailed(fail))
             }
             Ok(mut loaded) => {
-                thread.resident = true;
                 let mut stop = Stop::End(End::PlatformFault);
                 let written = loaded.load_sld(&mut self.sld, &mut thread.sld);
                 let mut running = Running { cpu: self, thread, in_gate: true, fresh: true };
@@ -431,13 +431,15 @@ impl Host for Running<'_> {
         if self.thread.vm.gate.wants_out(self.thread.index) {
             return Poll::Held;
         }
-        // The scheduler has just looked at everything else, and a vCPU that is loaded gets on.
-        if mem::replace(&mut self.fresh, false) {
-            return Poll::GoOn;
-        }
         self.cpu.receive();
         self.cpu.share();
-        if self.cpu.is_wanted_before(self.thread) { Poll::Yield } else { Poll::GoOn }
+        let fresh = mem::replace(&mut self.fresh, false);
+        match self.cpu.is_wanted_before(self.thread) {
+            false => Poll::GoOn,
+            // A vCPU that is loaded gets on.
+            true if fresh => Poll::YieldIn(SHORTEST),
+            true => Poll::Yield,
+        }
     }
 
     fn map_hole(&mut self, gpa: GuestPhysAddr) -> Alone {

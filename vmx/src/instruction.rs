@@ -256,8 +256,8 @@ pub struct CurrentVmcs {
 impl CurrentVmcs {
     /// # Safety
     ///
-    /// A VMPTRLD has succeeded on this CPU, and no VMCLEAR or other VMPTRLD follows while the
-    /// value lives.
+    /// A VMPTRLD has succeeded on this CPU, and no VMCLEAR of the same region and no other VMPTRLD
+    /// follows while the value lives.
     pub(crate) unsafe fn assume() -> Self {
         Self { not_send: core::marker::PhantomData }
     }

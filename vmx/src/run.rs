@@ -111,6 +111,8 @@ pub enum Poll {
     GoOn,
     /// Another one is to have the CPU.
     Yield,
+    /// The same, but not before so many ticks of the TSC.
+    YieldIn(u64),
     /// Another vCPU of the VM holds this one out of the guest.
     Held,
 }
@@ -332,6 +334,9 @@ impl Loaded<'_> {
         match host.poll() {
             Poll::GoOn => {}
             Poll::Yield => return Err(Stop::Slice),
+            Poll::YieldIn(ticks) => {
+                self.vcpu.stop_at = self.vcpu.stop_at.min(now.saturating_add(ticks));
+            }
             Poll::Held => return Err(Stop::Held),
         }
         self.tick(now);
@@ -412,6 +417,7 @@ impl Loaded<'_> {
     /// INIT: SDM volume 3, section "Processor State After Reset". Every vCPU waits for SIPI after
     /// it, the first one too: there is no firmware that it could start.
     fn init(&mut self, host: &mut impl Host) -> Handled {
+        self.vcpu.step.remove(Step::WANTED);
         init(&mut self.vmcs, &self.vcpu.cr4);
         for control in [Primary::INTERRUPT_WINDOW_EXITING, Primary::NMI_WINDOW_EXITING] {
             self.set_primary(control, false);
@@ -703,7 +709,8 @@ impl Loaded<'_> {
         if self.is_kicked() {
             self.vmcs.write(PREEMPTION_TIMER_VALUE, 0);
         }
-        if self.vcpu.apic.deliverable().is_some() {
+        // A step is for the instruction that it was begun for.
+        if self.vcpu.step.is_empty() && self.vcpu.apic.deliverable().is_some() {
             self.deliver_interrupt(false);
         }
     }

@@ -154,8 +154,9 @@ impl Switched {
 
 /// A virtual CPU.
 ///
-/// It is in one of two states: *put* (the VMCS is clear, in memory) or *loaded* on one CPU
-/// ([`Self::load`] gives a [`Loaded`], which alone can run it).
+/// It is in one of three states: *clear* (the VMCS is in memory, and any CPU may load it), *loaded*
+/// on one CPU ([`Self::load`] gives a [`Loaded`], which alone can run it), or *put* there: the VMCS
+/// is still that CPU's, until [`Self::clear`].
 #[derive(Debug)]
 pub struct Vcpu {
     pub(crate) state: GuestState,

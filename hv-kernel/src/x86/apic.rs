@@ -36,6 +36,8 @@ mod register {
     pub const ICR: u32 = 0x300;
     pub const ICR_HIGH: u32 = 0x310;
     pub const LVT_TIMER: u32 = 0x320;
+    /// Thermal sensor, performance counters, LINT0, errors. LINT1 is NMI, which is always taken.
+    pub const LVT_OTHERS: [u32; 4] = [0x330, 0x340, 0x350, 0x370];
 }
 
 /// CPUID.1:ECX: x2APIC mode.
@@ -121,6 +123,7 @@ impl LocalApic {
         }
         let apic = Self::current();
         apic.write(register::SVR, SVR_ENABLED | u32::from(SPURIOUS_VECTOR));
+        register::LVT_OTHERS.into_iter().for_each(|entry| apic.write(entry, LVT_MASKED));
         apic.write(
             register::LVT_TIMER,
             u32::from(TIMER_VECTOR) | if apic.has_deadline { LVT_TSC_DEADLINE } else { LVT_MASKED },

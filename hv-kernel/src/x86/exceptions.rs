@@ -159,12 +159,6 @@ impl Gate {
     }
 }
 
-/// Interrupts that the hypervisor takes, while it sleeps: its own timer's, and one that is gone.
-const INTERRUPTS: [(u8, unsafe extern "C" fn()); 2] = [
-    (apic::TIMER_VECTOR, plain::<{ apic::TIMER_VECTOR }>),
-    (apic::SPURIOUS_VECTOR, plain::<{ apic::SPURIOUS_VECTOR }>),
-];
-
 /// Loads the IDT, the same on all CPUs, and returns its linear address.
 pub fn load(cs: SegmentSelector) -> u64 {
     static IDT: Once<&'static [Gate; 256]> = Once::new();
@@ -175,8 +169,9 @@ pub fn load(cs: SegmentSelector) -> u64 {
     base.as_u64()
 }
 
-/// All 256 gates exist, since a VM exit sets the table's limit to 64 KiB; those that nothing comes
-/// by are absent.
+/// All 256 gates, since a VM exit sets the table's limit to 64 KiB. The hypervisor takes interrupts
+/// only while it sleeps, and expects its own timer's; what else comes, left over from the firmware, is
+/// acknowledged too, and does nothing.
 fn table(cs: SegmentSelector) -> Box<[Gate; 256]> {
     let mut idt = Box::new([Gate::ABSENT; 256]);
     for (vector, (gate, (stub, _))) in idt.iter_mut().zip(&STUBS).enumerate() {
@@ -188,9 +183,10 @@ fn table(cs: SegmentSelector) -> Box<[Gate; 256]> {
         };
         *gate = Gate::new(*stub, cs, stack);
     }
-    for (vector, stub) in INTERRUPTS {
-        idt[usize::from(vector)] = Gate::new(stub, cs, ist::EXCEPTION);
-    }
+    let interrupt = plain::<{ apic::TIMER_VECTOR }>;
+    idt[STUBS.len()..].fill(Gate::new(interrupt, cs, ist::EXCEPTION));
+    let spurious = plain::<{ apic::SPURIOUS_VECTOR }>;
+    idt[usize::from(apic::SPURIOUS_VECTOR)] = Gate::new(spurious, cs, ist::EXCEPTION);
     idt
 }
 

@@ -28,7 +28,7 @@ unsafe impl FrameAllocator<Size4KiB> for Frames {
 }
 
 /// A new stack of so many bytes, a multiple of the page size: the address above it. `None` without
-/// memory. Called on the boot CPU before others run on these page tables, and for their sake.
+/// memory. CPUs come online one after the other, so one at a time calls this.
 pub fn allocate(bytes: u64) -> Option<VirtAddr> {
     let guard = NEXT.fetch_add(FRAME + bytes, Ordering::Relaxed);
     let root = memory::to_virtual::<PageTable>(vmx::addr::HostPhysAddr::new_truncate(
