@@ -389,8 +389,15 @@ fn on_cpus(measured: &[Measured]) -> impl Iterator<Item = (&str, [u64; 3])> {
 /// For each row its instructions by function. Functions with fewer than `least` are summed up.
 fn profile_text(measured: &[Measured], least: u64) -> String {
     let mut text = String::new();
+    let mut before: &[(String, u64)] = &[];
     for row in measured.iter().filter(|row| row.in_hypervisor() > 0) {
-        let _ = writeln!(text, "{}: {} in the hypervisor", row.name(), row.in_hypervisor());
+        let _ = write!(text, "{}: {} in the hypervisor", row.name(), row.in_hypervisor());
+        if row.functions == before {
+            text.push_str(", as the row before\n");
+            continue;
+        }
+        before = &row.functions;
+        text.push('\n');
         let (shown, others): (Vec<_>, Vec<_>) =
             row.functions.iter().partition(|(_, times)| *times >= least);
         for (function, times) in shown {
@@ -523,6 +530,20 @@ mod tests {
         assert_eq!(json(&measured()).len(), 1);
         let several = cpus_table(&measured());
         assert!(several.ends_with("\ncpuid              150    151     152\n"), "{several}");
+    }
+
+    #[test]
+    fn equal_profiles_are_shown_once() {
+        let mut rows = measured();
+        rows.truncate(3);
+        rows[2].functions.push(("run".to_owned(), 4));
+        let names: Vec<&str> = rows.iter().map(Measured::name).collect();
+        let expected = format!(
+            "{}: 60 in the hypervisor\n     60  enter\n{}: 60 in the hypervisor, as the row before\n\
+             {}: 64 in the hypervisor\n     60  enter\n      4  1 others\n",
+            names[0], names[1], names[2]
+        );
+        assert_eq!(profile_text(&rows, 5), expected);
     }
 
     #[test]

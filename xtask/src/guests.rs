@@ -327,6 +327,16 @@ pub const GUESTS: &[Guest] = &[
         )
         .with_vcpus(2)
     },
+    Guest {
+        memory_mib: 16,
+        command_line: "victim",
+        ..Guest::new(
+            "hostile",
+            "takes more of the CPUs than its share, or measures what others leave of them",
+            Behaviour::None(End::Exit(SUCCESS)),
+        )
+        .with_vcpus(2)
+    },
     // One to see whether it comes, ten to warm up, 100 that count.
     Guest::new("bench", "times what leaving the guest costs", Behaviour::LegacyAndAware(111)),
 ];

@@ -5,7 +5,7 @@ use std::sync::OnceLock;
 
 use anyhow::{Error, Result, anyhow};
 use xtask::config::{Setup, SldMode};
-use xtask::events::{Ac, Body, Outcome};
+use xtask::events::{self, Ac, Body, Counters, Outcome, Totals};
 use xtask::guests::{End, Expected, Guest, Situation};
 use xtask::machine::{MachineConfig, RunOutcome};
 use xtask::report;
@@ -24,14 +24,19 @@ pub fn system() -> Result<&'static System> {
     system.as_ref().map_err(|why| anyhow!("{why}"))
 }
 
-/// Boots the hypervisor with this setup on this machine, and waits for the end.
+/// Boots the hypervisor with this setup on this machine, and waits for the end. However it ends, the
+/// events of each CPU are numbered without gaps.
 ///
 /// # Errors
-/// If it cannot be booted.
+/// If it cannot be booted, or events are missing.
 pub fn boot(setup: &Setup, config: MachineConfig) -> Result<RunOutcome> {
     let disk = Disk::new()?;
     system()?.disk(setup, disk.path())?;
-    run(&disk, config)
+    let outcome = run(&disk, config)?;
+    match events::check_numbers(&outcome.events) {
+        Ok(()) => Ok(outcome),
+        Err(why) => Err(explain(&outcome, why)),
+    }
 }
 
 /// Boots the hypervisor with these test guests as VMs.
@@ -54,19 +59,62 @@ pub fn make(situation: Situation) -> (SldMode, MachineConfig) {
     (mode, MachineConfig { sld, ..MachineConfig::default() })
 }
 
-/// Checks that the hypervisor came up and shut down in order, with events numbered without gaps, and that
-/// what it reported is what happened.
+/// Checks that the hypervisor came up and shut down in order, with counters that add up, and that what it
+/// reported is what happened.
 ///
 /// # Errors
 /// Whatever was wrong, and everything that the machine said.
 pub fn check_orderly(outcome: &RunOutcome) -> Result<()> {
     report::judge(outcome).map_err(|why| explain(outcome, Error::msg(why)))?;
-    let numbered = outcome.events.iter().zip(0..).all(|(event, number)| event.seq == number);
-    check(outcome, numbered, "the events are not numbered without gaps")?;
     let last = outcome.events.last().map(|event| &event.body);
     check(outcome, matches!(last, Some(Body::Shutdown { .. })), "shutdown is not the last event")?;
+    check_counters(outcome)?;
     truth::check_truth(&outcome.events, &outcome.truth)
         .map_err(|wrong| explain(outcome, anyhow!("ground truth: {}", wrong.join("\n"))))
+}
+
+/// Checks that every VM and every vCPU that started has ended, and that the counters of vCPUs add up to
+/// those of their VMs, and these to those of the run.
+fn check_counters(outcome: &RunOutcome) -> Result<()> {
+    /// VM exits, writes of the real bit, loads, migrations, ticks.
+    type Sums = [u64; 5];
+    let of = |counters: &Counters| -> Sums {
+        let exits = counters.exits.values().sum();
+        let Counters { real_bit_writes, loads, migrations, ticks, .. } = *counters;
+        [exits, real_bit_writes, loads, migrations, ticks]
+    };
+    let add =
+        |sums: &mut Sums, more: Sums| sums.iter_mut().zip(more).for_each(|(sum, n)| *sum += n);
+    // vCPUs that have not ended, and what those that have ended have counted.
+    let mut running: BTreeMap<&str, (u32, Sums)> = BTreeMap::new();
+    let mut all = Sums::default();
+    for event in &outcome.events {
+        match &event.body {
+            Body::VmStart { vm, vcpus, .. } => {
+                running.insert(vm, (*vcpus, Sums::default()));
+            }
+            Body::VcpuEnd { vm, vcpu, counters } => {
+                let of_vm = running.get_mut(&**vm).filter(|(left, _)| *left > 0);
+                let Some((left, sums)) = of_vm else {
+                    return check(outcome, false, &format!("vCPU {vcpu} of {vm} ends twice"));
+                };
+                *left -= 1;
+                add(sums, of(counters));
+            }
+            Body::VmEnd { vm, counters, .. } => {
+                let ended = running.remove(&**vm);
+                check_eq(outcome, &format!("sums of {vm}"), ended, Some((0, of(counters))))?;
+                add(&mut all, of(counters));
+            }
+            Body::Shutdown { counters: Totals { exits, loads, migrations, .. } } => {
+                let [of_vms, _, loaded, migrated, _] = all;
+                let totals = [*exits, *loads, *migrations];
+                check_eq(outcome, "totals", totals, [of_vms, loaded, migrated])?;
+            }
+            _ => {}
+        }
+    }
+    check(outcome, running.is_empty(), &format!("not ended: {:?}", running.keys()))
 }
 
 /// Checks that the VM of a test guest ended as it must, with the verdicts that it must get.

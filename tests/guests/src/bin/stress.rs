@@ -785,6 +785,10 @@ fn fail(failure: &Failure, round: u64) -> ! {
 /// What each CPU runs; returns when all have done their rounds, if there is a number of them.
 extern "C" fn run(cpu: usize) {
     smp::enable_apic();
+    // Who sends NMIs before all have left real mode, where they have no handler, ends the guest.
+    if let Err(stuck) = smp::meet() {
+        fail(&stuck, 0);
+    }
     let mut worker = Worker::new(cpu);
     if worker.role == Role::Legacy {
         // SAFETY: AM counts only where EFLAGS.AC is set.

@@ -6,6 +6,7 @@ use libtest_mimic::Trial;
 use machine_tests::hypervisor::{boot_guests, check_guest, check_orderly, check_split_locks, make};
 use machine_tests::trial;
 use xtask::guests::{GUESTS, Guest, Situation};
+use xtask::machine::MachineConfig;
 
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
@@ -19,8 +20,13 @@ pub fn trials() -> Vec<Trial> {
     trials
 }
 
+/// Memory of the machine, in MiB, besides that of its VMs.
+const MACHINE_MIB: u32 = 256;
+
 fn run(guests: &[&Guest], situation: Situation) -> Result<()> {
     let (sld, config) = make(situation);
+    let memory_mib = MACHINE_MIB + guests.iter().map(|guest| guest.memory_mib).sum::<u32>();
+    let config = MachineConfig { memory_mib, ..config };
     let outcome = boot_guests(sld, guests, config)?;
     check_orderly(&outcome)?;
     for guest in guests {

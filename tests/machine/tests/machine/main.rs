@@ -6,12 +6,14 @@ use libtest_mimic::Arguments;
 
 mod bench;
 mod guests;
+mod hostile;
 mod inputs;
 mod machines;
 mod operations;
 mod refusals;
 mod sharing;
 mod shim;
+mod smp;
 mod vcpu;
 mod verdicts;
 mod vms;
@@ -26,7 +28,9 @@ fn main() -> ExitCode {
         guests::trials(),
         verdicts::trials(),
         sharing::trials(),
+        hostile::trials(),
         vcpu::trials(),
+        smp::trials(),
         bench::trials(),
     ];
     let trials = parts.into_iter().flatten().collect();

@@ -91,8 +91,8 @@ fn reentered() -> Result<()> {
     check_eq(&outcome, "split locks", outcome.truth.len(), 10)
 }
 
-fn siblings(scope: SldScope) -> Result<(RunOutcome, [bool; 2])> {
-    let config = MachineConfig { cpus: 2, scope, ..MachineConfig::default() };
+fn siblings(cpus: &str, scope: SldScope) -> Result<(RunOutcome, [bool; 2])> {
+    let config = MachineConfig { cpus: cpus.parse()?, scope, ..MachineConfig::default() };
     let outcome = run_program(sector::siblings(), config)?;
     let faulted = outcome.serial.starts_with('F');
     let bit = outcome.serial.ends_with("20000000 ");
@@ -103,15 +103,15 @@ fn siblings(scope: SldScope) -> Result<(RunOutcome, [bool; 2])> {
 }
 
 fn thread_scope() -> Result<()> {
-    let (outcome, seen) = siblings(SldScope::Thread)?;
+    let (outcome, seen) = siblings("1:1:2", SldScope::Thread)?;
     check_eq(&outcome, "fault and bit on the other thread", seen, [false, false])
 }
 
 fn core_scope() -> Result<()> {
-    let (outcome, seen) = siblings(SldScope::Core { threads: 2 })?;
+    let (outcome, seen) = siblings("1:1:2", SldScope::Core)?;
     check_eq(&outcome, "fault and bit on the other thread", seen, [true, true])?;
     // Two cores of one thread each share nothing.
-    let (outcome, seen) = siblings(SldScope::Core { threads: 1 })?;
+    let (outcome, seen) = siblings("1:2:1", SldScope::Core)?;
     check_eq(&outcome, "fault and bit on the other core", seen, [false, false])
 }
 

@@ -7,12 +7,12 @@ use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
 use machine_tests::hypervisor::{boot, boot_guests, check_guest, check_orderly, make};
 use machine_tests::{check_eq, trial};
-use xtask::config::{Setup, SldMode, Vm};
+use xtask::config::{HvConfig, Setup, SldMode, Vm};
 use xtask::events::Body;
 use xtask::guests::{self, Guest, SUCCESS, Situation};
 use xtask::machine::{MachineConfig, RunOutcome};
 
-use crate::vms::{Vms, on};
+use crate::vms::{self, on};
 
 pub fn trials() -> Vec<Trial> {
     let mut trials = vec![
@@ -65,9 +65,8 @@ fn registers(seeds: &[u64], config: MachineConfig) -> Result<()> {
         cmdline: format!("seed={seed} rounds={ROUNDS}"),
         ..Vm::of_guest(guest)
     });
-    let vms = Vms { guest, sld: SldMode::Warn, slice_ticks: SLICE_TICKS, vms: vms.collect() };
     let machine = format!("{}, seeds {seeds:?}", config.model);
-    let outcome = vms.run(config)?;
+    let outcome = vms::run(&in_short_turns(vms.collect()), config)?;
     let judge = || {
         for &seed in seeds {
             let (reason, status, exits) = end_of(&outcome, &name(seed))?;
@@ -82,18 +81,17 @@ fn registers(seeds: &[u64], config: MachineConfig) -> Result<()> {
     judge().map_err(|why| on(&machine, &outcome, why))
 }
 
-/// CVE-2015-5307.
 /// A guest that waits for a timer in the far future ends when its time is up.
 fn far_timer() -> Result<()> {
     let guest = find("hlt-forever")?;
     let vm =
         Vm { cmdline: "timer".to_owned(), limit_ticks: Some(3_000_000), ..Vm::of_guest(guest) };
-    let vms = Vms { guest, sld: SldMode::Warn, slice_ticks: SLICE_TICKS, vms: vec![vm] };
-    let outcome = vms.run(MachineConfig::default())?;
+    let outcome = vms::run(&in_short_turns(vec![vm]), MachineConfig::default())?;
     let (reason, ..) = end_of(&outcome, guest.name)?;
     check_eq(&outcome, "reason", reason, "time limit")
 }
 
+/// CVE-2015-5307.
 fn endless() -> Result<()> {
     let guests = [find("ac-loop")?, find("controls")?, find("ac-delivery")?];
     let (sld, config) = make(Situation::Warn);
@@ -129,6 +127,10 @@ fn local_apics() -> Result<()> {
         _ => None,
     });
     check_eq(&outcome, "verdicts", verdicts.collect::<Vec<_>>(), vec!["inject"; due])
+}
+
+fn in_short_turns(vms: Vec<Vm>) -> HvConfig {
+    HvConfig { slice_ticks: Some(SLICE_TICKS), ..HvConfig::new(SldMode::Warn, vms) }
 }
 
 fn find(name: &str) -> Result<&'static Guest> {

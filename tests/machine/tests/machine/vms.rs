@@ -1,42 +1,37 @@
-//! Machines whose hypervisor runs several VMs of one test guest.
+//! Machines whose hypervisor runs VMs of test guests.
 
-use anyhow::{Error, Result, anyhow};
+use anyhow::{Context, Error, Result};
 use machine_tests::explain;
-use machine_tests::hypervisor::boot;
-use xtask::config::{HvConfig, Setup, SldMode, Source, Vm};
-use xtask::guests::Guest;
+use machine_tests::hypervisor::{boot, check_orderly};
+use xtask::config::{HvConfig, Setup, Source, Vm};
+use xtask::guests;
 use xtask::machine::{MachineConfig, RunOutcome};
-use xtask::report;
 
-/// VMs that share a CPU.
-pub struct Vms {
-    /// The guest in all of them.
-    pub guest: &'static Guest,
-    /// The host's mode.
-    pub sld: SldMode,
-    /// For how many ticks of the time-stamp counter each may run when it has its turn.
-    pub slice_ticks: u64,
-    /// The VMs.
-    pub vms: Vec<Vm>,
+/// Runs these VMs of test guests to their ends.
+///
+/// # Errors
+/// If the run was not orderly: see [`check_orderly`].
+pub fn run(config: &HvConfig, machine: MachineConfig) -> Result<RunOutcome> {
+    let outcome = boot(&setup(config.to_text()?, &config.vms)?, machine)?;
+    check_orderly(&outcome)?;
+    Ok(outcome)
 }
 
-impl Vms {
-    /// Runs them to their ends.
-    ///
-    /// # Errors
-    /// If the hypervisor did not come up, run them and shut down in order.
-    pub fn run(&self, config: MachineConfig) -> Result<RunOutcome> {
-        let text = HvConfig { sld: self.sld, vms: self.vms.clone() }.to_text()?;
-        let setup = Setup {
-            config: format!("slice_ticks = {}\n{text}", self.slice_ticks),
-            images: vec![(Vm::of_guest(self.guest).image, Source::Registered(self.guest.name))],
-        };
-        let outcome = boot(&setup, config)?;
-        match report::judge(&outcome) {
-            Ok(()) => Ok(outcome),
-            Err(why) => Err(explain(&outcome, anyhow!("{why}"))),
+/// This text as `hv.toml`, with the images of these VMs, which are those of test guests.
+///
+/// # Errors
+/// If one is not.
+pub fn setup(config: String, vms: &[Vm]) -> Result<Setup> {
+    let mut images: Vec<(String, Source)> = Vec::new();
+    for image in vms.iter().map(|vm| &vm.image) {
+        if images.iter().any(|(known, _)| known == image) {
+            continue;
         }
+        let guest = image.strip_prefix("guests/").and_then(guests::find);
+        let guest = guest.with_context(|| format!("{image} is not the image of a test guest"))?;
+        images.push((image.clone(), Source::Registered(guest.name)));
     }
+    Ok(Setup { config, images })
 }
 
 /// Adds to an error what the machine said and did, and on which machine it was.
