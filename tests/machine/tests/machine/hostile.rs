@@ -25,15 +25,13 @@ pub fn trials() -> Vec<Trial> {
 
 /// Words of the guest `hostile` that go on for ever, and VM exits of them: how often there are at least
 /// so many of one reason, or of all together.
-const TAKERS: [(&str, Option<&str>, u64); 8] = [
+const TAKERS: [(&str, Option<&str>, u64); 6] = [
     ("hole", Some("ept-violation"), 20),
     ("storm-ipi", None, 1000),
     ("storm-nmi", None, 1000),
     ("storm-init", None, 1000),
     ("storm-absent", Some("ept-violation"), 1000),
     ("storm-console", None, 1000),
-    ("storm-events", None, 1000),
-    ("storm-halt", Some("hlt"), 1000),
 ];
 
 fn vm(name: &str, vcpus: u32, cpus: Option<u32>, cmdline: String) -> Vm {

@@ -164,7 +164,7 @@ fn share(mode: SldMode, cpus: u32, roles: &[Role]) -> Result<()> {
 
 fn judge(mode: SldMode, cpus: u32, roles: &[Role], outcome: &RunOutcome) -> Result<()> {
     let summary = operations::replay(&outcome.events).map_err(|why| anyhow!(why))?;
-    operations_are_checked(&outcome.events)?;
+    operations_are_checked(&outcome.events, if cpus > 1 { 10 } else { 50 })?;
     if mode == SldMode::Fatal {
         let reasons: Vec<&str> = summary.writes.keys().map(String::as_str).collect();
         ensure!(reasons == ["boot", "offline"], "writes under fatal: {:?}", summary.writes);
@@ -229,13 +229,12 @@ fn judge(mode: SldMode, cpus: u32, roles: &[Role], outcome: &RunOutcome) -> Resu
     Ok(())
 }
 
-/// The replay must notice every write that is missing, doubled, reversed or given another reason.
-fn operations_are_checked(events: &[Event]) -> Result<()> {
-    /// Writes that are tried, spread over the run.
-    const TRIED: usize = 50;
+/// The replay must notice every write that is missing, doubled, reversed or given another reason:
+/// so many of them are tried, spread over the run.
+fn operations_are_checked(events: &[Event], tried: usize) -> Result<()> {
     let is_write = |event: &Event| matches!(event.body, Body::RealBit { .. });
     let writes: Vec<usize> = (0..events.len()).filter(|&index| is_write(&events[index])).collect();
-    for &index in writes.iter().step_by(writes.len().div_ceil(TRIED)).chain(writes.last()) {
+    for &index in writes.iter().step_by(writes.len().div_ceil(tried)).chain(writes.last()) {
         let with = |change: &dyn Fn(&mut bool, &mut String)| {
             let mut events = events.to_vec();
             if let Body::RealBit { on, why, .. } = &mut events[index].body {

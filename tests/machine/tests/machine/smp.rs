@@ -11,7 +11,7 @@ use xtask::config::{HvConfig, SldMode, Vm};
 use xtask::events::{Body, Counters, Event};
 use xtask::guests::{self, SUCCESS};
 use xtask::machine::{Exit, MachineConfig, RunOutcome, SldScope};
-use xtask::stress::{Fairness, Plan, Stressed};
+use xtask::stress::{Plan, Stressed};
 use xtask::topology::Topology;
 
 use crate::operations;
@@ -45,10 +45,10 @@ pub fn trials() -> Vec<Trial> {
     for sld in [SldMode::Off, SldMode::Warn, SldMode::Fatal] {
         for cpus in ["4", "1:2:2"] {
             let name = format!("stress_{sld:?}").to_lowercase();
-            trials.push(on_topology(&name, cpus, move |cpus| stress(cpus, sld)));
+            let twice = (sld, cpus) == (SldMode::Warn, "1:2:2");
+            trials.push(on_topology(&name, cpus, move |cpus| stress(cpus, sld, twice)));
         }
     }
-    trials.push(trial("smp::stress_is_repeatable", repeatable));
     trials
 }
 
@@ -173,6 +173,17 @@ fn check_real_bits(outcome: &RunOutcome, threads: u32) -> Result<()> {
     check_eq(outcome, "cores", bits.len(), cores.values().collect::<BTreeSet<_>>().len())
 }
 
+/// Ticks of all CPUs from the start of the last VM to the end of the last.
+fn ticks_of_all_cpus(outcome: &RunOutcome) -> Result<u64> {
+    let last = |found: fn(&Body) -> bool| {
+        let event = outcome.events.iter().rfind(|event| found(&event.body));
+        event.map(|event| event.tsc).context("no VM has run")
+    };
+    let start = last(|body| matches!(body, Body::VmStart { .. }))?;
+    let end = last(|body| matches!(body, Body::VmEnd { .. }))?;
+    Ok((end - start) * online(outcome).len() as u64)
+}
+
 // ---- CPUs. -------------------------------------------------------------------------------------
 
 /// Every CPU comes up and runs what is to run there.
@@ -250,7 +261,7 @@ const WORDS: &str = "start ipi nmi halt timer init stop shootdown end";
 const MIGRATIONS: u64 = 20;
 
 fn vcpus(cpus: Topology, turns: Turns) -> Result<()> {
-    let words = format!("{WORDS} count=5");
+    let words = format!("{WORDS} count=20");
     let knowing = smp("knowing", 4, &words)?;
     let vms = vec![Vm { expose_sld: false, ..smp("plain", 4, &words)? }, knowing];
     let config = match turns {
@@ -347,37 +358,43 @@ fn pinned() -> Result<()> {
 
 /// How far a share may be from what is due, of it.
 const TOLERANCE: f64 = 0.02;
+/// Of the time of all CPUs, what vCPUs have had of it at least that never sleep.
+const LEAST_USED: f64 = 0.95;
+
+/// Runs these VMs, which count, for a while. Each vCPU must get its share by weight, and no CPU may stand
+/// still: there are more vCPUs than CPUs.
+fn count(vms: Vec<Vm>, cpus: Topology) -> Result<()> {
+    let limited = HvConfig { stop_after_loads: Some(1500), ..config(vms) };
+    let outcome = vms::run(&limited, machine(cpus))?;
+    let mut shares = Vec::new();
+    for vm in &limited.vms {
+        check_end(&outcome, &vm.name, "load limit")?;
+        let weighted = |ticks: u64| ticks as f64 / f64::from(vm.weight);
+        let ticks = ticks_of(&outcome, &vm.name);
+        println!("{} on {cpus}, weight {}: {ticks:?} ticks", vm.name, vm.weight);
+        check_eq(&outcome, &format!("vCPUs of {}", vm.name), ticks.len(), vm.vcpus as usize)?;
+        shares.extend(ticks.into_iter().map(weighted));
+    }
+    let mean = shares.iter().sum::<f64>() / shares.len() as f64;
+    let fair = shares.iter().all(|share| (share / mean - 1.0).abs() < TOLERANCE);
+    check(&outcome, fair, &format!("ticks by weight: {shares:?}, their mean is {mean}"))?;
+
+    let ticks = limited.vms.iter().flat_map(|vm| ticks_of(&outcome, &vm.name)).sum::<u64>();
+    let used = ticks as f64 / ticks_of_all_cpus(&outcome)? as f64;
+    println!("{:.1} % of the time of all CPUs", 100.0 * used);
+    check(&outcome, used >= LEAST_USED, &format!("only {used:.3} of the time was used"))
+}
 
 /// Two VMs with a vCPU for each CPU, one of which has three times the weight of the other.
 fn by_weight(cpus: Topology) -> Result<()> {
     let vcpus = cpus.cpus() as u32;
-    let light = spinning("light", vcpus)?;
     let heavy = Vm { weight: 300, ..spinning("heavy", vcpus)? };
-    let limited = HvConfig { stop_after_loads: Some(1500), ..config(vec![light, heavy]) };
-    let outcome = vms::run(&limited, machine(cpus))?;
-    ["light", "heavy"].iter().try_for_each(|name| check_end(&outcome, name, "load limit"))?;
-    let [light, heavy] = ["light", "heavy"].map(|name| ticks_of(&outcome, name));
-    let mean = |ticks: &[u64]| ticks.iter().sum::<u64>() as f64 / ticks.len() as f64;
-    println!("weights 100 and 300 on {cpus}: {light:?}, {heavy:?}");
-    let unit = (mean(&light) + mean(&heavy)) / 400.0;
-    for (ticks, weight) in [(light, 100.0), (heavy, 300.0)] {
-        let due = unit * weight;
-        let fair = ticks.iter().all(|ticks| (*ticks as f64 / due - 1.0).abs() < TOLERANCE);
-        check(&outcome, fair, &format!("{ticks:?} ticks with weight {weight}, due are {due}"))?;
-    }
-    Ok(())
+    count(vec![spinning("light", vcpus)?, heavy], cpus)
 }
 
 /// Equal vCPUs that are no multiple of the CPUs: fair only if they move.
 fn equal(vcpus: u32) -> Result<()> {
-    let limited = HvConfig { stop_after_loads: Some(1500), ..config(vec![spinning("vm", vcpus)?]) };
-    let outcome = vms::run(&limited, machine(2.into()))?;
-    check_end(&outcome, "vm", "load limit")?;
-    let ticks = ticks_of(&outcome, "vm");
-    let mean = ticks.iter().sum::<u64>() as f64 / ticks.len() as f64;
-    println!("{vcpus} equal vCPUs on 2 CPUs: {ticks:?}");
-    let fair = ticks.iter().all(|ticks| (*ticks as f64 / mean - 1.0).abs() < TOLERANCE);
-    check(&outcome, fair, &format!("{ticks:?} ticks of {vcpus} equal vCPUs"))
+    count(vec![spinning("equal", vcpus)?], 2.into())
 }
 
 /// A VM that counts gets its half of the CPUs, whatever another one with as many vCPUs does.
@@ -393,13 +410,7 @@ fn storms(cpus: Topology) -> Result<()> {
         let limited = HvConfig { stop_after_loads: Some(LOADS), ..config(vms) };
         let outcome = vms::run(&limited, machine(cpus))?;
         ["storm", "counts"].iter().try_for_each(|name| check_end(&outcome, name, "load limit"))?;
-        let when = |found: fn(&Body) -> bool| {
-            let event = outcome.events.iter().rfind(|event| found(&event.body));
-            event.map(|event| event.tsc).context("no such event")
-        };
-        let start = when(|body| matches!(body, Body::VmStart { .. }))?;
-        let end = when(|body| matches!(body, Body::VmEnd { .. }))?;
-        let half = (end - start) as f64 * cpus.cpus() as f64 / 2.0;
+        let half = ticks_of_all_cpus(&outcome)? as f64 / 2.0;
         let ticks = ticks_of(&outcome, "counts").iter().sum::<u64>() as f64;
         let percent = 100.0 * ticks / half;
         println!("beside {words} on {cpus}: {percent:.1} % of its share of {half} ticks");
@@ -470,36 +481,24 @@ fn no_cpus() -> Result<()> {
 
 // ---- Everything at once. -----------------------------------------------------------------------
 
-const STRESS_LOADS: u64 = 1500;
-
-fn stressed(cpus: Topology, sld: SldMode) -> Result<Stressed> {
-    let plan = Plan { cpus, sld, loads: STRESS_LOADS, ..Plan::default() };
-    let stressed = plan.run(system()?)?;
-    let Stressed { report, outcome } = &stressed;
+/// What `cargo xtask stress` does, for a short while. Twice: the same seed gives the same run.
+fn stress(cpus: Topology, sld: SldMode, twice: bool) -> Result<()> {
+    let plan = Plan { cpus, sld, loads: 1500, ..Plan::default() };
+    let Stressed { report, outcome } = plan.run(system()?)?;
     println!("{sld:?} on {cpus}\n{report}");
-    check(outcome, report.wrong.is_empty(), &format!("{sld:?} on {cpus}\n{report}"))?;
-    Ok(stressed)
-}
-
-fn stress(cpus: Topology, sld: SldMode) -> Result<()> {
-    let Stressed { report, outcome } = stressed(cpus, sld)?;
+    check(&outcome, report.wrong.is_empty(), &format!("{sld:?} on {cpus}\n{report}"))?;
     let found = [report.violations, report.missed, report.invented, report.outside];
     check_eq(&outcome, "violations, missed, invented, outside", found, [0; 4])?;
-    check_real_bits(&outcome, cpus.threads)
-}
-
-fn repeatable() -> Result<()> {
-    let runs = || stressed("1:2:2".parse()?, SldMode::Warn);
-    let [first, second] = [runs()?, runs()?];
-    let Fairness { smallest_percent, .. } = first.report.fairness.context("no fairness")?;
-    ensure!(smallest_percent > 0.0, "a vCPU has never run");
-    for (index, (first, second)) in
-        first.outcome.events.iter().zip(&second.outcome.events).enumerate()
-    {
-        ensure!(first == second, "event {index}: {first:?}, then {second:?}");
+    check_real_bits(&outcome, cpus.threads)?;
+    if twice {
+        let again = plan.run(system()?)?.outcome;
+        let events = outcome.events.iter().zip(&again.events);
+        for (index, (first, second)) in events.enumerate() {
+            ensure!(first == second, "event {index}: {first:?}, then {second:?}");
+        }
+        check_eq(&outcome, "events", outcome.events.len(), again.events.len())?;
+        check_eq(&outcome, "split locks", &outcome.truth, &again.truth)?;
+        check_eq(&outcome, "console", &outcome.serial, &again.serial)?;
     }
-    ensure!(first.outcome.serial == second.outcome.serial, "the consoles differ");
-    ensure!(first.outcome.truth == second.outcome.truth, "the split locks differ");
-    ensure!(first.outcome.events.len() == second.outcome.events.len(), "more events");
     Ok(())
 }
