@@ -124,8 +124,8 @@ impl BootCpu {
         let mut cores = Vec::new();
         let shared = make(0, apic.id(), &mut cores);
         shared.install();
-        let boot = percpu::stamp();
         let vmx = cpu::enter_vmx(shared, &segments, idt)?;
+        let boot = percpu::stamp();
         let mut sld = SldCpu::new(shared.core);
         let Online { detection, real_bit } = sld::online(&mut sld, mode);
         let mut cpu = Cpu::new(shared, sld, vmx.host, apic, policy);

@@ -357,7 +357,7 @@ fn pinned() -> Result<()> {
 }
 
 /// How far a share may be from what is due, of it.
-const TOLERANCE: f64 = 0.02;
+const TOLERANCE: f64 = 0.04;
 /// Of the time of all CPUs, what vCPUs have had of it at least that never sleep.
 const LEAST_USED: f64 = 0.95;
 
