@@ -328,7 +328,8 @@ fn halt() -> Result<()> {
 fn pinned() -> Result<()> {
     // They know of detection and leave it off: each load has an event.
     let pin = |name, cpus| -> Result<Vm> {
-        Ok(Vm { cpus: Some(cpus), ..smp(name, 2, "ipi halt count=50")? })
+        let vm = smp(name, 2, "ipi halt count=50")?;
+        Ok(Vm { cpus: Some(cpus), expose_sld: true, ..vm })
     };
     let vms = vec![
         pin("on1", vec![1])?,
