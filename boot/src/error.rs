@@ -50,6 +50,8 @@ pub enum Error {
     },
     /// The firmware reports more memory regions than the loader has room for.
     TooManyRegions,
+    /// A file cannot become part of the ramdisk.
+    BadFile(&'static str),
 }
 
 impl fmt::Display for Error {
@@ -79,6 +81,7 @@ impl fmt::Display for Error {
                 write!(f, "the kernel wants {what} at {address:#x}: {why}")
             }
             Self::TooManyRegions => write!(f, "the firmware's memory map has too many regions"),
+            Self::BadFile(why) => write!(f, "a file cannot be given to the kernel: {why}"),
         }
     }
 }

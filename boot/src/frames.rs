@@ -6,7 +6,7 @@ use x86_64::PhysAddr;
 
 use crate::{
     Error, PAGE,
-    memory_map::{MAX_REGIONS, MemoryMap},
+    memory_map::{BOOT_SERVICES, MAX_REGIONS, MemoryMap},
 };
 
 /// Hands out memory from the usable regions, each from its lowest address upwards, and never takes
@@ -43,12 +43,26 @@ impl Frames {
     /// A page-aligned piece of `bytes` bytes, rounded up to whole pages, contents undefined. `what`
     /// names the purpose in the error.
     pub fn allocate(&mut self, bytes: u64, what: &'static str) -> Result<PhysAddr, Error> {
+        self.allocate_aligned(bytes, PAGE, what)
+    }
+
+    /// The same at a multiple of `align`, a power of two, at least a page. What is skipped for that
+    /// counts as given out.
+    pub fn allocate_aligned(
+        &mut self,
+        bytes: u64,
+        align: u64,
+        what: &'static str,
+    ) -> Result<PhysAddr, Error> {
         let size = bytes.checked_next_multiple_of(PAGE).unwrap_or(u64::MAX);
-        match self.pools.iter_mut().find(|p| p.end - p.next >= size) {
-            Some(pool) => {
-                let at = PhysAddr::new(pool.next);
-                pool.next += size;
-                Ok(at)
+        let place = |pool: &Pool| {
+            let start = pool.next.next_multiple_of(align);
+            start.checked_add(size).filter(|end| *end <= pool.end).map(|end| (start, end))
+        };
+        match self.pools.iter_mut().find_map(|pool| place(pool).map(|at| (pool, at))) {
+            Some((pool, (start, end))) => {
+                pool.next = end;
+                Ok(PhysAddr::new(start))
             }
             None => {
                 let largest = self.pools.iter().map(|p| p.end - p.next).max().unwrap_or(0);
@@ -62,10 +76,14 @@ impl Frames {
         3 * self.pools.len()
     }
 
-    /// The memory map as it is now: what was given out is [`MemoryRegionKind::Bootloader`].
+    /// The memory map for the kernel: what was given out is [`MemoryRegionKind::Bootloader`], and what
+    /// the firmware needed for itself is free.
     pub fn regions(&self) -> impl Iterator<Item = MemoryRegion> {
         let parts = |pool: &Pool| {
-            let kind = pool.region.kind;
+            let kind = match pool.region.kind {
+                kind if BOOT_SERVICES.contains(&kind) => MemoryRegionKind::Usable,
+                kind => kind,
+            };
             [
                 MemoryRegion { start: pool.region.start, end: pool.first, kind },
                 MemoryRegion {
@@ -141,6 +159,37 @@ mod tests {
         let expected =
             [(0xffff_f000, 0x1_0000_0000, Bootloader), (0x1_0000_0000, 0x1_0000_2000, Usable)];
         assert_eq!(regions(&frames), expected);
+    }
+
+    #[test]
+    fn alignment_counts_as_given_out() {
+        let mut frames = frames(&[(0x1000, 0x9000, 1), (0x10_0000, 0x10_0000, 1)], 0, 1 << 32);
+        assert_eq!(frames.allocate_aligned(1, 0x4000, "a").unwrap().as_u64(), 0x4000);
+        assert_eq!(frames.allocate_aligned(0x2000, 0x4000, "b").unwrap().as_u64(), 0x8000);
+        assert_eq!(frames.allocate_aligned(1, 0x4000, "c").unwrap().as_u64(), 0x10_0000);
+        let refused = frames.allocate_aligned(1, 1 << 22, "d").unwrap_err();
+        assert_eq!(refused, Error::NoMemory { what: "d", bytes: 1, largest: 0xf_f000 });
+        let expected = [
+            (0x1000, 0xa000, Bootloader),
+            (0x10_0000, 0x10_1000, Bootloader),
+            (0x10_1000, 0x20_0000, Usable),
+        ];
+        assert_eq!(regions(&frames), expected);
+    }
+
+    #[test]
+    fn what_is_still_the_firmwares_is_not_given_out_but_free_for_the_kernel() {
+        use MemoryRegionKind::UnknownUefi;
+        let region =
+            |page: u64, kind| MemoryRegion { start: page * PAGE, end: (page + 1) * PAGE, kind };
+        let kinds = [UnknownUefi(3), UnknownUefi(4), Usable, UnknownUefi(2)];
+        let reported: Vec<_> = (0..).zip(kinds).map(|(page, kind)| region(page, kind)).collect();
+        let map = MemoryMap::new(&reported).unwrap();
+        let mut frames = Frames::new(&map, PhysAddr::zero(), PhysAddr::new(1 << 32));
+        assert_eq!(frames.allocate(1, "a").unwrap().as_u64(), 2 * PAGE);
+        assert!(frames.allocate(1, "b").is_err());
+        let expected = [Usable, Usable, Bootloader, UnknownUefi(2)];
+        assert_eq!(frames.regions().map(|r| r.kind).collect::<Vec<_>>(), expected);
     }
 
     #[test]

@@ -9,7 +9,7 @@ use arrayvec::ArrayVec;
 use bootloader_api::{
     BootInfo,
     config::Mapping,
-    info::{MemoryRegion, MemoryRegions, Optional, TlsTemplate},
+    info::{FrameBuffer, FrameBufferInfo, MemoryRegion, MemoryRegions, Optional, TlsTemplate},
 };
 use x86_64::{PhysAddr, VirtAddr};
 
@@ -30,6 +30,15 @@ const FOUR_GIB: u64 = 1 << 32;
 /// The part of the address space that one entry of the highest page table stands for.
 const ROOT_ENTRY: u64 = 1 << 39;
 
+/// A framebuffer.
+#[derive(Clone, Copy, Debug)]
+pub struct Framebuffer {
+    /// Its physical address.
+    pub start: PhysAddr,
+    /// Its size and format.
+    pub info: FrameBufferInfo,
+}
+
 /// What the firmware stage found and read.
 pub struct Machine<'a> {
     /// The kernel's ELF file.
@@ -40,12 +49,16 @@ pub struct Machine<'a> {
     pub ramdisk: Option<(PhysAddr, u64)>,
     /// Physical address of the ACPI root pointer.
     pub rsdp: Option<PhysAddr>,
+    /// Where the screen is, in a graphics mode.
+    pub framebuffer: Option<Framebuffer>,
     /// What the firmware says about physical memory.
     pub map: &'a MemoryMap,
     /// How many bits a physical address has (CPUID 80000008h).
     pub physical_bits: u32,
     /// Whether there are pages of 1 GiB (CPUID 80000001h).
     pub gib_pages: bool,
+    /// Whether the CPU runs with five-level paging (CR4.LA57), which cannot be left in 64-bit mode.
+    pub five_level: bool,
 }
 
 /// Places the kernel and all that goes with it into memory from `frames`, which must not give out
@@ -68,6 +81,13 @@ pub fn load<M: Memory>(
     let stack_size = kernel.config.kernel_stack_size.min(1 << 48).next_multiple_of(PAGE);
     let (ramdisk_at, ramdisk_len) = machine.ramdisk.unwrap_or((PhysAddr::zero(), 0));
     let all_memory = machine.map.end().max(FOUR_GIB).min(1 << machine.physical_bits.min(52));
+    // From the start of its first page.
+    let (framebuffer_first, framebuffer_bytes) =
+        machine.framebuffer.map_or((0, 0), |framebuffer| {
+            let first = framebuffer.start.align_down(PAGE).as_u64();
+            let offset = framebuffer.start.as_u64() - first;
+            (first, (offset + framebuffer.info.byte_len as u64).next_multiple_of(PAGE))
+        });
     let regions_offset = size_of::<BootInfo>().next_multiple_of(align_of::<MemoryRegion>());
     let info_size = (regions_offset + frames.max_regions() * size_of::<MemoryRegion>()) as u64;
 
@@ -108,6 +128,7 @@ pub fn load<M: Memory>(
             ..request("the recursive page table", recursive_mapping, recursive_size)
         },
         request("the boot information", mappings.boot_info, info_size.next_multiple_of(PAGE)),
+        request("the framebuffer", mappings.framebuffer, framebuffer_bytes),
     ];
     let fixed = space.place_fixed(&requests)?;
     // The handover page can be any whose own address is free.
@@ -117,7 +138,7 @@ pub fn load<M: Memory>(
             break page;
         }
     };
-    let [image_at, stack_at, ramdisk_virt, physical_at, recursive_at, info_at] =
+    let [image_at, stack_at, ramdisk_virt, physical_at, recursive_at, info_at, framebuffer_at] =
         space.place_others(&requests, fixed)?;
     let bias = if kernel.position_independent { image_at.wrapping_sub(first) } else { 0 };
 
@@ -180,8 +201,19 @@ pub fn load<M: Memory>(
     let what = "the physical memory";
     tables.map(what, physical_at, zero, physical_size, Access::ReadWrite, uniform)?;
     if recursive_size > 0 {
+        if machine.five_level {
+            return Err(Error::Unsupported("a recursive page table under five-level paging"));
+        }
         tables.map_recursively(recursive_at)?;
     }
+    tables.map(
+        "the framebuffer",
+        framebuffer_at,
+        PhysAddr::new(framebuffer_first),
+        framebuffer_bytes,
+        Access::Framebuffer,
+        |_, size| size < 1 << 30 || machine.gib_pages,
+    )?;
 
     // 5. The handover page.
     let what = "the handover page";
@@ -194,7 +226,7 @@ pub fn load<M: Memory>(
     tables.memory.zero(info_phys, info_size.next_multiple_of(PAGE));
     let what = "the boot information";
     tables.map(what, info_at, info_phys, info_size, Access::ReadWrite, small_pages)?;
-    let root = tables.root();
+    let root = if machine.five_level { tables.fifth_level()? } else { tables.root() };
 
     let regions_at = info_at + regions_offset as u64;
     let mut count = 0;
@@ -207,6 +239,14 @@ pub fn load<M: Memory>(
     info.physical_memory_offset = mappings.physical_memory.map(|_| physical_at).into();
     info.recursive_index =
         mappings.page_table_recursive.map(|_| VirtAddr::new(recursive_at).p4_index().into()).into();
+    info.framebuffer = machine
+        .framebuffer
+        .map(|Framebuffer { start, info }| {
+            let start = framebuffer_at + (start.as_u64() - framebuffer_first);
+            // SAFETY: the kernel's tables map the framebuffer there; nobody here goes through it.
+            unsafe { FrameBuffer::new(start, info) }
+        })
+        .into();
     info.rsdp_addr = machine.rsdp.map(PhysAddr::as_u64).into();
     info.tls_template = kernel
         .tls
@@ -251,7 +291,10 @@ fn memory_regions(address: u64, count: usize) -> MemoryRegions {
 mod tests {
     use std::mem::MaybeUninit;
 
-    use bootloader_api::{BootloaderConfig, info::MemoryRegionKind};
+    use bootloader_api::{
+        BootloaderConfig,
+        info::{MemoryRegionKind, PixelFormat},
+    };
 
     use super::*;
     use crate::{
@@ -285,17 +328,25 @@ mod tests {
         /// The end of what the firmware knows of.
         end: u64,
         gib_pages: bool,
+        framebuffer: Option<Framebuffer>,
+        five_level: bool,
     }
 
-    const SETUP: Setup =
-        Setup { bytes: 64 << 20, has_ramdisk: true, end: 1 << 32, gib_pages: false };
+    const SETUP: Setup = Setup {
+        bytes: 64 << 20,
+        has_ramdisk: true,
+        end: 1 << 32,
+        gib_pages: false,
+        framebuffer: None,
+        five_level: false,
+    };
 
     fn start(elf: &Elf) -> Result<Started, Error> {
         start_with(elf, SETUP)
     }
 
     fn start_with(elf: &Elf, setup: Setup) -> Result<Started, Error> {
-        let Setup { bytes, has_ramdisk, end, gib_pages } = setup;
+        let Setup { bytes, has_ramdisk, end, gib_pages, framebuffer, five_level } = setup;
         let reported = [
             (0, 0x9_f000, 1),
             (0xf_0000, 0x1_0000, 2),
@@ -314,11 +365,20 @@ mod tests {
             ramdisk: has_ramdisk.then_some((PhysAddr::new(RAMDISK_AT), RAMDISK_LEN)),
             rsdp: Some(PhysAddr::new(RSDP)),
             map: &map,
+            framebuffer,
             physical_bits: 40,
             gib_pages,
+            five_level,
         };
         let mut memory = Recording::default();
-        let handover = load(&machine, &mut memory, frames)?;
+        let mut handover = load(&machine, &mut memory, frames)?;
+        if five_level {
+            // Both halves of the canonical addresses lead to one and the same table.
+            let entry = |index: u64| memory.read_entry(handover.root + 8 * index);
+            assert_eq!(entry(0), entry(511));
+            assert!((1..511).all(|index| entry(index) == 0));
+            handover.root = PhysAddr::new(entry(0) & 0x000f_ffff_ffff_f000);
+        }
         let recursive = elf_config(elf).mappings.page_table_recursive.is_some();
         // The recursive slot, found without the loader: the entry that points to the root.
         let slot = (0..512).find(|i| {
@@ -381,7 +441,8 @@ mod tests {
         };
         let offset = info.physical_memory_offset.into_option();
         let physical_range = |virt| offset.is_some_and(|o| virt >= o && virt - o < 1 << 40);
-        assert!(pages.iter().all(|p| physical_range(p.virt) || taken(p.phys)));
+        let device = |p: &Page| p.write_through;
+        assert!(pages.iter().all(|p| physical_range(p.virt) || device(p) || taken(p.phys)));
         assert!(started.memory.entries.iter().all(|(at, _)| taken(*at)));
         assert!(taken(KERNEL_AT) && taken(RAMDISK_AT) && taken(handover.page.as_u64()));
         // The stack: all of it, and nothing below.
@@ -446,6 +507,39 @@ mod tests {
         assert_eq!(started.regions[3].end, 65 << 20);
         assert_eq!(kinds[4], (0xfffc_0000, UnknownBios(2)));
         assert_eq!(kinds.len(), 5);
+    }
+
+    #[test]
+    fn a_framebuffer_need_not_begin_on_a_page() {
+        let info = FrameBufferInfo {
+            byte_len: 0x30_0000,
+            width: 1024,
+            height: 768,
+            pixel_format: PixelFormat::Bgr,
+            bytes_per_pixel: 4,
+            stride: 1024,
+        };
+        let start = PhysAddr::new(0x20_c000_0100);
+        let setup = Setup { framebuffer: Some(Framebuffer { start, info }), ..SETUP };
+        let started = start_with(&Elf::sound(), setup).unwrap();
+        check(&started);
+        let found = started.info.framebuffer.as_ref().unwrap();
+        assert_eq!((found.info().width, found.info().byte_len), (1024, 0x30_0000));
+        let at = found.buffer().as_ptr() as u64;
+        assert_eq!(physical(&started.pages, at), Some(start.as_u64()));
+        assert_eq!(physical(&started.pages, at + 0x2f_ffff), Some(start.as_u64() + 0x2f_ffff));
+        let page = page(&started.pages, at).unwrap();
+        assert!(page.writable && page.write_through);
+        let all = started.pages.iter().filter(|page| page.write_through);
+        assert_eq!(all.map(|page| page.size).sum::<u64>(), 0x30_1000);
+    }
+
+    #[test]
+    fn five_level_paging_has_one_table_more() {
+        let setup = Setup { five_level: true, ..SETUP };
+        check(&start_with(&Elf::sound(), setup).unwrap());
+        let elf = configured(|c| c.mappings.page_table_recursive = Some(Mapping::Dynamic));
+        assert!(matches!(start_with(&elf, setup), Err(Error::Unsupported(_))));
     }
 
     #[test]
@@ -659,9 +753,11 @@ mod tests {
                         kernel_at: PhysAddr::new(KERNEL_AT),
                         ramdisk: None,
                         rsdp: None,
+                        framebuffer: None,
                         map: &map,
                         physical_bits: 36,
                         gib_pages: true,
+                        five_level: false,
                     };
                     let frames = Frames::new(&map, PhysAddr::zero(), PhysAddr::new(1 << 32));
                     let mut memory = Recording::default();

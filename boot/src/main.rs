@@ -109,9 +109,11 @@ fn start_kernel() -> Result<core::convert::Infallible, Failure> {
         kernel_at,
         ramdisk,
         rsdp: memory::acpi_root(),
+        framebuffer: None,
         map: &map,
         physical_bits: cpuid(0x8000_0008).map_or(36, |[eax, _]| eax & 0xff),
         gib_pages: cpuid(0x8000_0001).is_some_and(|[_, edx]| edx & 1 << 26 != 0),
+        five_level: false,
     };
     let handover = load(&machine, &mut memory, frames)?;
     // SAFETY: 1. `load` worked on the BIOS's memory. 2. The assembly brought the CPU into 64-bit mode

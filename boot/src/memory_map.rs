@@ -5,12 +5,22 @@ use bootloader_api::info::{MemoryRegion, MemoryRegionKind};
 
 use crate::{Error, PAGE};
 
-/// How many regions a [`MemoryMap`] can hold.
-pub const MAX_REGIONS: usize = 256;
+/// How many regions a [`MemoryMap`] can hold. Firmware of large machines reports hundreds.
+pub const MAX_REGIONS: usize = 1024;
 
 /// How many entries, possibly overlapping, a firmware may report: a boundary at each end of each
 /// makes at most two regions.
 pub const MAX_ENTRIES: usize = MAX_REGIONS / 2;
+
+/// Types of UEFI memory that are the firmware's until it has given the machine away, and free from
+/// then on: code and data of its boot services (UEFI specification, "Memory Type Usage after
+/// ExitBootServices()").
+pub const BOOT_SERVICES: [MemoryRegionKind; 2] =
+    [MemoryRegionKind::UnknownUefi(3), MemoryRegionKind::UnknownUefi(4)];
+
+/// Types of UEFI memory that are devices: ports and registers, not memory.
+const UEFI_DEVICES: [MemoryRegionKind; 2] =
+    [MemoryRegionKind::UnknownUefi(11), MemoryRegionKind::UnknownUefi(12)];
 
 /// One above the highest physical address that page tables can hold (Intel SDM volume 3, "4-Level
 /// Paging and 5-Level Paging": 52 bits).
@@ -102,9 +112,11 @@ impl MemoryMap {
         &self.regions
     }
 
-    /// One above the highest address of any region; 0 for an empty map.
+    /// One above the highest address of any region that is not known to be a device, which can be far
+    /// above all memory; 0 for an empty map.
     pub fn end(&self) -> u64 {
-        self.regions.last().map_or(0, |r| r.end)
+        let memory = self.regions.iter().rev().find(|r| !UEFI_DEVICES.contains(&r.kind));
+        memory.map_or(0, |r| r.end)
     }
 
     /// Whether `start..end` lies in one region, or in none: no boundary falls inside.
@@ -203,6 +215,18 @@ mod tests {
             (0x100_0000_0000, 0x1_0000_0000 + (12 << 40), Usable),
         ];
         assert_eq!(found, expected);
+    }
+
+    #[test]
+    fn devices_far_above_do_not_count_as_memory() {
+        let region = |start, end, kind| MemoryRegion { start, end, kind };
+        let reported = [
+            region(0x10_0000, 0x8000_0000, Usable),
+            region(0x38_0000_0000, 0x39_0000_0000, MemoryRegionKind::UnknownUefi(0)),
+            region(0x3800_0000_0000, 0x3900_0000_0000, MemoryRegionKind::UnknownUefi(11)),
+        ];
+        assert_eq!(MemoryMap::new(&reported).unwrap().end(), 0x39_0000_0000);
+        assert_eq!(MemoryMap::new(&reported[2..]).unwrap().end(), 0);
     }
 
     #[test]

@@ -16,6 +16,9 @@ pub enum Access {
     ReadWrite,
     /// Read and execute.
     Execute,
+    /// Read and write, with the memory type of the page attribute table's entry 1: for a framebuffer,
+    /// if the kernel makes that entry write-combining.
+    Framebuffer,
 }
 
 impl Access {
@@ -25,6 +28,7 @@ impl Access {
                 Self::ReadOnly => Flags::NO_EXECUTE,
                 Self::ReadWrite => Flags::WRITABLE | Flags::NO_EXECUTE,
                 Self::Execute => Flags::empty(),
+                Self::Framebuffer => Flags::WRITABLE | Flags::NO_EXECUTE | Flags::WRITE_THROUGH,
             }
     }
 }
@@ -99,6 +103,17 @@ impl<'a, M: Memory> Tables<'a, M> {
         self.set("the recursive page table", virt, PageTableLevel::Four, entry)
     }
 
+    /// A table above the highest one, for a CPU in five-level paging: it makes the same addresses
+    /// valid that four levels know, the lower and the upper half, through one entry each.
+    pub fn fifth_level(&mut self) -> Result<PhysAddr, Error> {
+        let top = new_table(self.memory, self.frames)?;
+        let entry = self.root.as_u64() | (Flags::PRESENT | Flags::WRITABLE).bits();
+        for index in [0, 511] {
+            self.memory.write_entry(top + 8 * index, entry);
+        }
+        Ok(top)
+    }
+
     /// Writes the entry for `virt` in the table of `level`, which must be empty, and makes the
     /// tables above as needed. Their entries allow everything: the last one decides.
     fn set(
@@ -162,6 +177,7 @@ pub(crate) mod tests {
         pub size: u64,
         pub writable: bool,
         pub executable: bool,
+        pub write_through: bool,
     }
 
     /// Walks tables the way the CPU does (rights of all levels combined), independently of the
@@ -196,7 +212,8 @@ pub(crate) mod tests {
             if level == 0 || entry & 0x80 != 0 {
                 assert!(level < 3 && address.is_multiple_of(size), "bad leaf {entry:#x}");
                 let (writable, executable) = rights;
-                pages.push(Page { virt, phys: address, size, writable, executable });
+                let write_through = entry & 8 != 0;
+                pages.push(Page { virt, phys: address, size, writable, executable, write_through });
             } else {
                 descend(memory, address, level - 1, virt, rights, skip, pages);
             }
@@ -225,18 +242,20 @@ pub(crate) mod tests {
             (high, 0x40_0000, Access::ReadOnly, (false, false)),
             (high + 0x1000, 0x50_0000, Access::Execute, (false, true)),
             (high + 0x2000, 0x60_0000, Access::ReadWrite, (true, false)),
+            (high + 0x3000, 0x70_0000, Access::Framebuffer, (true, false)),
             (0x1000, 0x1000, Access::Execute, (false, true)),
         ];
         for (virt, phys, access, _) in maps {
             tables.map("it", virt, PhysAddr::new(phys), 0x1000, access, |_, _| true).unwrap();
         }
         let root = tables.root();
-        let mut expected = maps.map(|(virt, phys, _, (writable, executable))| Page {
+        let mut expected = maps.map(|(virt, phys, access, (writable, executable))| Page {
             virt,
             phys,
             size: 0x1000,
             writable,
             executable,
+            write_through: access == Access::Framebuffer,
         });
         expected.sort_by_key(|p| p.virt);
         assert_eq!(walk(&memory, root, None), expected);
