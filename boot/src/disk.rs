@@ -1,72 +1,52 @@
-//! The disk image: what stands where.
+//! The disk image: where a BIOS finds the loader, and the loader the files.
 //!
-//! Sector 0 holds the master boot record, sector 1 the [`Table`], the sectors after it the rest of
-//! the loader; kernel and ramdisk follow where the table says. Each part has a checksum, so that a
-//! damaged or truncated image is told from a faulty program.
+//! Sector 0 holds the boot record, which finds its next sectors by a number that is filled in when
+//! the image is made. The first of these is the [`Table`], the rest of the loader follows. The table
+//! says where the partition with the files is, so that the partition table need not be read.
 
 /// Size of a sector in bytes: the only one that BIOS disks of this format have.
 pub const SECTOR: usize = 512;
+
+/// Offset in the boot record of the number of the loader's first sector after it, 64 bits,
+/// little-endian. It is part of the disk address packet with which the boot record reads.
+pub const LOADER_LBA_OFFSET: usize = 0x1ac;
 
 /// Offset in the boot record of the 32-bit sum of the loader's other sectors, taken as
 /// little-endian 32-bit words.
 pub const LOADER_SUM_OFFSET: usize = 0x1b4;
 
 /// First bytes of the table's sector. The digit changes with the format.
-const MAGIC: [u8; 8] = *b"UNSPLIT1";
-
-/// A file on the disk.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Extent {
-    /// First sector.
-    pub lba: u64,
-    /// Length in bytes; 0 says that there is no such file.
-    pub bytes: u64,
-    /// The [`checksum`] of these bytes.
-    pub checksum: u64,
-}
-
-impl Extent {
-    /// One above the last sector.
-    pub fn end(&self) -> u64 {
-        self.lba.saturating_add(self.bytes.div_ceil(SECTOR as u64))
-    }
-}
+const MAGIC: [u8; 8] = *b"UNSPLIT2";
 
 /// Where the files are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Table {
-    /// The kernel's ELF file.
-    pub kernel: Extent,
-    /// The ramdisk.
-    pub ramdisk: Extent,
+    /// First sector of the partition with the files.
+    pub partition_lba: u64,
+    /// Its size in sectors.
+    pub partition_sectors: u64,
 }
 
 impl Table {
     /// Size of the encoded table in bytes.
-    pub const SIZE: usize = 8 + 6 * 8;
+    pub const SIZE: usize = 8 + 2 * 8;
 
-    /// The table as it stands at the start of sector 1: magic, then six little-endian numbers.
+    /// The table as it stands at the start of its sector: magic, then little-endian numbers.
     pub fn encode(&self) -> [u8; Self::SIZE] {
         let mut bytes = [0; Self::SIZE];
-        let (magic, numbers) = bytes.split_at_mut(8);
-        magic.copy_from_slice(&MAGIC);
-        let values = [self.kernel, self.ramdisk].map(|e| [e.lba, e.bytes, e.checksum]);
-        for (slot, value) in numbers.chunks_exact_mut(8).zip(values.as_flattened()) {
-            slot.copy_from_slice(&value.to_le_bytes());
-        }
+        bytes[..8].copy_from_slice(&MAGIC);
+        bytes[8..16].copy_from_slice(&self.partition_lba.to_le_bytes());
+        bytes[16..].copy_from_slice(&self.partition_sectors.to_le_bytes());
         bytes
     }
 
     /// Reads what [`Self::encode`] made; `None` if it is something else.
     pub fn decode(bytes: &[u8; Self::SIZE]) -> Option<Self> {
-        let (magic, numbers) = bytes.split_at(8);
-        let (numbers, _) = numbers.as_chunks::<8>();
-        let extent = |first: usize| Extent {
-            lba: u64::from_le_bytes(numbers[first]),
-            bytes: u64::from_le_bytes(numbers[first + 1]),
-            checksum: u64::from_le_bytes(numbers[first + 2]),
-        };
-        (magic == MAGIC).then(|| Self { kernel: extent(0), ramdisk: extent(3) })
+        let ([magic, lba, sectors], _) = bytes.as_chunks::<8>() else { return None };
+        (*magic == MAGIC).then(|| Self {
+            partition_lba: u64::from_le_bytes(*lba),
+            partition_sectors: u64::from_le_bytes(*sectors),
+        })
     }
 }
 
@@ -92,13 +72,9 @@ mod tests {
 
     #[test]
     fn table_survives_and_is_recognised() {
-        let table = Table {
-            kernel: Extent { lba: 100, bytes: 5000, checksum: 0x1234_5678_9abc_def0 },
-            ramdisk: Extent { lba: 110, bytes: 1 << 28, checksum: u64::MAX },
-        };
+        let table = Table { partition_lba: 2048, partition_sectors: 1 << 33 };
         let mut bytes = table.encode();
         assert_eq!(Table::decode(&bytes), Some(table));
-        assert_eq!(table.kernel.end(), 110);
         bytes[7] = b'0';
         assert_eq!(Table::decode(&bytes), None);
     }

@@ -11,7 +11,7 @@ use core::{
 use x86_64::{
     PhysAddr, VirtAddr,
     registers::{
-        control::{Cr0, Cr0Flags},
+        control::{Cr0, Cr0Flags, Cr4, Cr4Flags},
         model_specific::{Efer, EferFlags},
     },
 };
@@ -62,6 +62,17 @@ unsafe extern "C" {
     static boot_handover_end: u8;
 }
 
+/// What stays of CR4: what cannot be changed here, and machine checks, which firmware may have set
+/// up. All else is off for the kernel, whatever firmware uses: no page of the old tables outlives them
+/// as a global one, and nothing checks accesses and jumps in a way that the kernel does not expect.
+const KEPT: Cr4Flags = Cr4Flags::PHYSICAL_ADDRESS_EXTENSION
+    .union(Cr4Flags::L5_PAGING)
+    .union(Cr4Flags::VIRTUAL_MACHINE_EXTENSIONS)
+    .union(Cr4Flags::MACHINE_CHECK_EXCEPTION);
+
+/// What of CR4 is on for the kernel besides: its code uses SSE.
+const ADDED: Cr4Flags = Cr4Flags::OSFXSR.union(Cr4Flags::OSXMMEXCPT_ENABLE);
+
 /// What must stand in the handover page.
 pub fn code() -> &'static [u8] {
     let (start, end) = (&raw const boot_handover_start, &raw const boot_handover_end);
@@ -92,15 +103,19 @@ impl Handover {
     ///
     /// 1. `self` is the result of [`crate::load::load`] with physical memory that is really there,
     ///    and that memory is as `load` left it.
-    /// 2. The CPU is in 64-bit mode with four-level paging, privileged, and supports execute-disable.
+    /// 2. The CPU is in 64-bit mode, privileged, in the paging mode that `load` was told of, and
+    ///    supports execute-disable.
     /// 3. `self.page` is executable at its physical address in the present page tables.
     /// 4. Nothing that the loader has is needed any more.
     pub unsafe fn enter(&self) -> ! {
-        // SAFETY: these turn on checks that the page tables rely on. The loader's own tables have
-        // no execute-disable bits set and it writes to no read-only page (2).
+        // SAFETY: 1. These turn on checks that the page tables rely on. The tables in force set
+        // execute-disable only if it is on already, and the loader writes to no read-only page (2).
+        // 2. In CR4, nothing is turned off that 64-bit mode or the tables in force need, nor
+        // anything on that a CPU lacks.
         unsafe {
             Efer::update(|efer| efer.insert(EferFlags::NO_EXECUTE_ENABLE));
             Cr0::update(|cr0| cr0.insert(Cr0Flags::WRITE_PROTECT));
+            Cr4::write_raw(Cr4::read_raw() & KEPT.bits() | ADDED.bits());
         }
         // SAFETY: the page holds `code` (1), which runs here (3) and there, needs no stack before it
         // has loaded the kernel's, and never returns.

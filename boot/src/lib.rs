@@ -14,10 +14,13 @@
 #![cfg_attr(not(test), no_std)]
 
 pub mod archive;
+pub mod cpu;
 pub mod disk;
 pub mod error;
 pub mod frames;
+pub mod gop;
 pub mod handover;
+pub mod identity;
 pub mod kernel;
 pub mod load;
 pub mod log;
@@ -27,6 +30,9 @@ pub mod physical;
 pub mod rsdp;
 pub mod space;
 pub mod stick;
+pub mod uefi_map;
+pub mod vbe;
+pub mod volume;
 
 pub use error::Error;
 

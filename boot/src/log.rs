@@ -5,6 +5,10 @@
 //! and needs no other trace of the run before. Memory keeps its contents over a warm reset; what the
 //! firmware has overwritten no longer has a valid head.
 
+use bootloader_api::info::MemoryRegionKind;
+
+use crate::memory_map::MemoryMap;
+
 /// Its name in the ramdisk.
 pub const NAME: &str = "unsplit/log";
 
@@ -83,6 +87,17 @@ pub fn text(area: &[u8]) -> Option<&[u8]> {
     text.get(..usize::try_from(length).ok()?)
 }
 
+/// The addresses at which an area of [`BYTES`] bytes can be that an earlier run left in what is now
+/// free memory below `end`.
+pub fn places(map: &MemoryMap, end: u64) -> impl Iterator<Item = u64> {
+    let free = map.regions().iter().filter(|region| region.kind == MemoryRegionKind::Usable);
+    free.flat_map(move |region| {
+        let last = region.end.min(end).saturating_sub(OFFSET + BYTES);
+        let starts = region.start.next_multiple_of(ALIGN)..=last;
+        starts.step_by(ALIGN as usize).map(|start| start + OFFSET)
+    })
+}
+
 /// Makes `area` hold no log, so that it is saved once.
 pub fn erase(area: &mut [u8]) {
     area.iter_mut().take(HEAD).for_each(|byte| *byte = 0);
@@ -91,6 +106,7 @@ pub fn erase(area: &mut [u8]) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::{PAGE, memory_map::E820Entry};
 
     #[test]
     fn what_was_written_is_found_once() {
@@ -104,6 +120,25 @@ mod tests {
         assert_eq!(text(&area[..20]), None);
         erase(&mut area);
         assert_eq!(text(&area), None);
+    }
+
+    #[test]
+    fn places_are_in_free_memory_as_a_whole() {
+        let room = OFFSET + BYTES;
+        let reported = [
+            (0, 0x9_f000, 1),
+            (0x10_0000, 0x20_0000, 1),
+            (0x40_0000, 0x10_0000, 2),
+            (0x50_0000 - PAGE, PAGE + room - 1, 1),
+            (0x80_0000, 0x10_0000 + room.next_multiple_of(PAGE), 1),
+            (0xfff0_0000, 0x1000_0000, 1),
+        ]
+        .map(|(start, len, kind)| E820Entry { start, len, kind }.into());
+        let map = MemoryMap::new(&reported).unwrap();
+        let found: Vec<_> = places(&map, 1 << 32).map(|at| at - OFFSET).collect();
+        assert_eq!(found, [0, 0x10_0000, 0x20_0000, 0x80_0000, 0x90_0000, 0xfff0_0000]);
+        assert_eq!(places(&map, 0x10_0000 + room).count(), 2);
+        assert_eq!(places(&map, 0x10_0000 + room - 1).count(), 1);
     }
 
     #[test]

@@ -1,31 +1,46 @@
-//! The BIOS stage: reads kernel and ramdisk from the boot disk and starts the kernel.
+//! The BIOS stage: reads kernel, configuration and guests from the boot disk and starts the kernel.
+//! If the run before left a log in memory, that is saved on the disk first.
 //!
-//! Whatever goes wrong is said on the screen and on the first serial port, and the machine stops.
+//! Whatever goes wrong is said on the screen and on the first serial port, and the machine restarts
+//! when a key is pressed.
 #![no_std]
 #![no_main]
 
 mod bios;
+mod runtime;
 
 use core::{
-    arch::x86_64::__cpuid,
     fmt::{self, Write},
+    iter,
     panic::PanicInfo,
     slice,
 };
 
+use arrayvec::ArrayString;
 use bios::{
-    a20,
+    a20, clock,
     console::Console,
-    disk, exceptions,
-    memory::{self, Identity, MAPPED},
+    disk::{self, Partition},
+    exceptions, keyboard,
+    memory::{self, MAPPED, MapError},
+    restart, screen,
 };
 use boot::{
-    disk::Extent,
+    archive, cpu,
+    disk::checksum,
     frames::Frames,
-    load::{Machine, load},
+    load::{Framebuffer, Machine, load},
+    log,
     memory_map::MemoryMap,
+    physical::Identity,
+    stick::{CONFIG, GUESTS, KERNEL, KERNEL_SUM, LOG, parse_sum},
+    volume::{self, Storage},
 };
+use bootloader_api::info::MemoryRegionKind;
 use x86_64::PhysAddr;
+
+/// The stick's file system.
+type Volume<'mount> = volume::Volume<'mount, Partition>;
 
 /// KiB of conventional memory that the layout in `bios.ld` takes.
 const CONVENTIONAL_MEMORY: u32 = 512;
@@ -33,14 +48,24 @@ const CONVENTIONAL_MEMORY: u32 = 512;
 /// Memory below this address is left to the kernel: processors start there, in real mode.
 const FLOOR: PhysAddr = PhysAddr::new(1 << 20);
 
+/// The longest file that holds a checksum.
+const MAX_SUM: usize = 64;
+
 /// Why the kernel cannot be started.
 enum Failure {
     Load(boot::Error),
     Disk(disk::Error),
-    MemoryMap(&'static str),
+    Volume(volume::Error<disk::Error>),
+    /// The kernel's checksum is not the one that stands beside it, which may itself be unreadable.
+    Damaged {
+        found: u64,
+        expected: Option<u64>,
+    },
+    Map(MapError),
     ConventionalMemory(u32),
     A20,
     NoTable,
+    NoConfig,
 }
 
 impl From<boot::Error> for Failure {
@@ -55,19 +80,43 @@ impl From<disk::Error> for Failure {
     }
 }
 
+impl From<MapError> for Failure {
+    fn from(error: MapError) -> Self {
+        Self::Map(error)
+    }
+}
+
+impl From<volume::Error<disk::Error>> for Failure {
+    fn from(error: volume::Error<disk::Error>) -> Self {
+        Self::Volume(error)
+    }
+}
+
 impl fmt::Display for Failure {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Load(error) => error.fmt(f),
             Self::Disk(error) => error.fmt(f),
-            Self::MemoryMap(why) => f.write_str(why),
+            Self::Volume(error) => error.fmt(f),
+            Self::Damaged { found, expected } => {
+                write!(f, "{KERNEL} is damaged: its checksum is {found:016x}, {KERNEL_SUM} says ")?;
+                match expected {
+                    Some(expected) => write!(f, "{expected:016x}"),
+                    None => f.write_str("no number"),
+                }?;
+                f.write_str("; write both to the stick again")
+            }
+            Self::Map(error) => error.fmt(f),
             Self::ConventionalMemory(kib) => write!(
                 f,
                 "the BIOS leaves {kib} KiB of conventional memory, the loader needs \
                  {CONVENTIONAL_MEMORY}"
             ),
             Self::A20 => f.write_str("address line 20 cannot be enabled"),
-            Self::NoTable => f.write_str("the disk does not say where kernel and ramdisk are"),
+            Self::NoConfig => {
+                write!(f, "there is no {CONFIG} on the stick, the file that says what to run")
+            }
+            Self::NoTable => f.write_str("the disk does not say where its files are"),
         }
     }
 }
@@ -75,7 +124,9 @@ impl fmt::Display for Failure {
 /// Called by the assembly, in 64-bit mode.
 #[unsafe(no_mangle)]
 extern "sysv64" fn loader_main() -> ! {
+    bios::mark_stack();
     exceptions::install();
+    screen::show_text();
     let Err(failure) = start_kernel();
     stop(format_args!("{failure}"))
 }
@@ -88,81 +139,189 @@ fn start_kernel() -> Result<core::convert::Infallible, Failure> {
     if !a20::enable() {
         return Err(Failure::A20);
     }
-    let table = bios::table().ok_or(Failure::NoTable)?;
-    let map = MemoryMap::new(&memory::map().map_err(Failure::MemoryMap)?)?;
-    let mut frames = Frames::new(&map, FLOOR, MAPPED);
-    // SAFETY: used with addresses from `frames` only, here and by `load`.
-    let mut memory = unsafe { Identity::new() };
+    start_with(memory::map()?)
+}
 
-    let sectors = disk::sectors()?;
-    let (kernel_at, kernel) = fetch("the kernel", table.kernel, sectors, &mut frames, &memory)?;
-    let ramdisk = match table.ramdisk.bytes {
-        0 => None,
-        bytes => {
-            let (at, _) = fetch("the ramdisk", table.ramdisk, sectors, &mut frames, &memory)?;
-            Some((at, bytes))
-        }
-    };
-
+/// Starts the kernel in this memory. Out of line, for the stack's sake: the map is made when this
+/// is not there yet.
+#[inline(never)]
+fn start_with(map: &MemoryMap) -> Result<core::convert::Infallible, Failure> {
+    // SAFETY: 1. Used with free memory only, to look for a log before any is given out, and then with
+    // addresses from `frames`, here and by `load`. 2. That much is mapped by the assembly.
+    let mut memory = unsafe { Identity::new(MAPPED) };
+    let mut frames = Frames::new(map, FLOOR, MAPPED);
+    let files = read_files(map, &mut frames, &memory)?;
+    // As late as can be: until then, the screen shows messages.
+    let mode = screen::best(|framebuffer| is_no_memory(map, framebuffer)).filter(screen::set);
+    if mode.is_none() {
+        screen::show_text();
+    }
     let machine = Machine {
-        kernel,
-        kernel_at,
-        ramdisk,
+        kernel: files.kernel,
+        kernel_at: files.kernel_at,
+        ramdisk: Some(files.ramdisk),
         rsdp: memory::acpi_root(),
-        framebuffer: None,
-        map: &map,
-        physical_bits: cpuid(0x8000_0008).map_or(36, |[eax, _]| eax & 0xff),
-        gib_pages: cpuid(0x8000_0001).is_some_and(|[_, edx]| edx & 1 << 26 != 0),
+        framebuffer: mode.map(|mode| mode.framebuffer),
+        map,
+        physical_bits: cpu::physical_bits(),
+        gib_pages: cpu::has_gib_pages(),
         five_level: false,
     };
     let handover = load(&machine, &mut memory, frames)?;
+    assert!(bios::stack_was_enough(), "the stack is too small");
     // SAFETY: 1. `load` worked on the BIOS's memory. 2. The assembly brought the CPU into 64-bit mode
     // and refused one without execute-disable. 3. The loader's tables map all of the first 4 GiB
     // as executable. 4. The loader ends here.
     unsafe { handover.enter() }
 }
 
-/// Reads `file` into memory of its own and checks it.
-fn fetch(
-    what: &'static str,
-    file: Extent,
-    sectors: u64,
+/// What is read from the stick.
+struct Files {
+    kernel: &'static [u8],
+    kernel_at: PhysAddr,
+    /// Address and size.
+    ramdisk: (PhysAddr, u64),
+}
+
+/// Saves the last run's log and reads the files into memory from `frames`, of which nothing was given
+/// out yet. Out of line for the same reason.
+#[inline(never)]
+fn read_files(map: &MemoryMap, frames: &mut Frames, memory: &Identity) -> Result<Files, Failure> {
+    let mut storage = Storage::default();
+    let mut volume = mount(&mut storage);
+    save_log(map, memory, &mut volume);
+    let mut volume = volume?;
+    let (kernel_at, kernel) = read_kernel(&mut volume, frames, memory)?;
+    let ramdisk = make_ramdisk(&mut volume, frames, memory)?;
+    Ok(Files { kernel, kernel_at, ramdisk })
+}
+
+/// The volume on the boot disk.
+fn mount(storage: &mut Storage) -> Result<Volume<'_>, Failure> {
+    let partition = Partition::open(bios::table().ok_or(Failure::NoTable)?)?;
+    Ok(Volume::mount(partition, storage, clock::now)?)
+}
+
+/// Saves the log that the last run left in memory, if it did, and waits until somebody has seen that.
+fn save_log(map: &MemoryMap, memory: &Identity, volume: &mut Result<Volume<'_>, Failure>) {
+    let areas = log::places(map, MAPPED.as_u64()).map(|at| {
+        // SAFETY: all memory below `MAPPED` is mapped. Nobody uses free memory yet but the loader, which
+        // is below all of these places.
+        unsafe { slice::from_raw_parts_mut(memory.pointer(PhysAddr::new(at)), log::BYTES as usize) }
+    });
+    let mut logs = areas.filter(|area| log::text(area).is_some());
+    let Some(last) = logs.next() else { return };
+    let text = log::text(last).unwrap_or_default();
+    say(format_args!("saving the log of the last run"));
+    match volume.as_mut().map(|volume| volume.write(LOG, text)) {
+        Ok(Ok(())) => {
+            // There can be older ones, where the ramdisk was at another address.
+            iter::once(last).chain(logs).for_each(log::erase);
+            say(format_args!("the log of the last run is on the stick: {LOG}"));
+        }
+        Ok(Err(why)) => show_end(text, &why),
+        Err(why) => show_end(text, why),
+    }
+    say(format_args!("press a key to start the hypervisor again"));
+    keyboard::wait();
+}
+
+/// Shows the end of a log that cannot be saved, and why.
+fn show_end(text: &[u8], why: &dyn fmt::Display) {
+    const LINES: usize = 16;
+    let mut ends = text.iter().enumerate().rev().filter(|(_, byte)| **byte == b'\n');
+    let start = ends.nth(LINES).map_or(0, |(index, _)| index + 1);
+    for chunk in text[start..].utf8_chunks() {
+        let _ = Console.write_str(chunk.valid());
+    }
+    say(format_args!("the log of the last run, which ends so, cannot be saved: {why}"));
+}
+
+/// Reads the kernel's file into memory of its own and checks it.
+fn read_kernel(
+    volume: &mut Volume<'_>,
     frames: &mut Frames,
     memory: &Identity,
 ) -> Result<(PhysAddr, &'static [u8]), Failure> {
-    if file.end() > sectors {
-        return Err(disk::Error::Truncated { what, end: file.end(), sectors }.into());
-    }
-    let at = frames.allocate(file.bytes, what)?;
-    let start = memory.pointer(at);
+    let bytes = volume.size(KERNEL)?;
+    say(format_args!("reading {KERNEL} ({} KiB)", bytes.div_ceil(1024)));
+    let at = frames.allocate(bytes, "the kernel's file")?;
     // SAFETY: `frames` gave this memory out for the purpose; all of it is mapped, and above what
     // the BIOS uses.
-    let bytes = unsafe {
-        disk::read(what, file, start)?;
-        slice::from_raw_parts(start, file.bytes as usize)
+    let kernel = unsafe { slice::from_raw_parts_mut(memory.pointer(at), bytes as usize) };
+    volume.read(KERNEL, kernel)?;
+
+    let mut sum = [0; MAX_SUM];
+    let expected = match volume.size(KERNEL_SUM) {
+        Ok(bytes) => {
+            let sum = &mut sum[..bytes.min(MAX_SUM as u64) as usize];
+            volume.read(KERNEL_SUM, sum)?;
+            parse_sum(sum)
+        }
+        Err(error) if error.is_missing() => return Ok((at, kernel)),
+        Err(error) => return Err(error.into()),
     };
-    let found = boot::disk::checksum(bytes);
-    if found != file.checksum {
-        return Err(disk::Error::Damaged { what, found, expected: file.checksum }.into());
+    let found = checksum(kernel);
+    if expected != Some(found) {
+        return Err(Failure::Damaged { found, expected });
     }
-    Ok((at, bytes))
+    Ok((at, kernel))
 }
 
-/// EAX and EDX of an extended CPUID leaf, if there is such.
-fn cpuid(leaf: u32) -> Option<[u32; 2]> {
-    (__cpuid(0x8000_0000).eax >= leaf).then(|| {
-        let result = __cpuid(leaf);
-        [result.eax, result.edx]
-    })
+/// Makes the ramdisk: an archive of room for a log, the configuration and all guests' images. Its
+/// address and size.
+fn make_ramdisk(
+    volume: &mut Volume<'_>,
+    frames: &mut Frames,
+    memory: &Identity,
+) -> Result<(PhysAddr, u64), Failure> {
+    let config = match volume.size(CONFIG) {
+        Err(error) if error.is_missing() => return Err(Failure::NoConfig),
+        size => size?,
+    };
+    let images = volume.images()?;
+    let images_bytes: u64 = images.iter().map(|image| archive::room(image.bytes)).sum();
+    let bytes = archive::room(log::BYTES) + archive::room(config) + images_bytes + archive::END;
+    say(format_args!("reading {CONFIG} and {GUESTS} ({} KiB)", bytes.div_ceil(1024)));
+    let at = frames.allocate_aligned(bytes, log::ALIGN, "the ramdisk")?;
+    // SAFETY: `frames` gave this memory out for the purpose; all of it is mapped, and above what
+    // the BIOS uses.
+    let ramdisk = unsafe { slice::from_raw_parts_mut(memory.pointer(at), bytes as usize) };
+
+    let mut archive = archive::Writer::new(ramdisk);
+    archive.file(log::NAME, log::BYTES)?.fill(0);
+    volume.read(CONFIG, archive.file(CONFIG, config)?)?;
+    for image in &images {
+        let mut path = ArrayString::<{ GUESTS.len() + 1 + volume::MAX_NAME }>::new();
+        for part in [GUESTS, "/", &image.name] {
+            path.push_str(part);
+        }
+        volume.read_image(image, archive.file(&path, image.bytes)?)?;
+    }
+    Ok((at, archive.finish()?))
 }
 
-/// Says why, and stops the machine for good.
+/// Whether a framebuffer is where the BIOS reports no memory: one of them is wrong otherwise.
+fn is_no_memory(map: &MemoryMap, framebuffer: &Framebuffer) -> bool {
+    let start = framebuffer.start.as_u64();
+    let end = start + framebuffer.info.byte_len as u64;
+    let mut memory = map.regions().iter().filter(|r| r.kind == MemoryRegionKind::Usable);
+    !memory.any(|region| region.start < end && start < region.end)
+}
+
+/// Says what goes on.
+fn say(what: fmt::Arguments<'_>) {
+    let _ = writeln!(Console, "boot: {what}");
+}
+
+/// Says why, and restarts the machine when somebody has seen that.
 fn stop(why: fmt::Arguments<'_>) -> ! {
-    let _ = writeln!(Console, "boot: {why}\nboot: stopped");
-    loop {
-        x86_64::instructions::interrupts::disable();
-        x86_64::instructions::hlt();
-    }
+    screen::show_text();
+    say(why);
+    say(format_args!("press a key to restart the machine"));
+    say(format_args!("stopped"));
+    keyboard::wait();
+    restart::restart()
 }
 
 #[panic_handler]

@@ -1,6 +1,6 @@
 //! How the loader reaches physical memory.
 
-use core::{mem::MaybeUninit, slice};
+use core::{mem::MaybeUninit, ptr, slice};
 
 use x86_64::PhysAddr;
 
@@ -22,6 +22,51 @@ pub fn bytes_of<T>(values: &[T]) -> &[MaybeUninit<u8>] {
     // SAFETY: 1. The pointer and the length are those of a live slice, borrowed for as long as the
     // result. 2. `MaybeUninit<u8>` has alignment 1 and allows every byte, initialised or not.
     unsafe { slice::from_raw_parts(values.as_ptr().cast(), size_of_val(values)) }
+}
+
+/// Physical memory that is mapped at its own addresses.
+pub struct Identity {
+    end: PhysAddr,
+}
+
+impl Identity {
+    /// # Safety
+    ///
+    /// 1. Only addresses of memory that is there, and that nobody else uses, may be passed to the
+    ///    methods: that given out by one `Frames` over the firmware's map. 2. It is mapped at its own
+    ///    addresses up to `end`.
+    pub unsafe fn new(end: PhysAddr) -> Self {
+        Self { end }
+    }
+
+    /// The memory at `at`, as a pointer.
+    pub fn pointer<T>(&self, at: PhysAddr) -> *mut T {
+        assert!(at < self.end);
+        ptr::with_exposed_provenance_mut(at.as_u64() as usize)
+    }
+}
+
+impl Memory for Identity {
+    fn read_entry(&self, at: PhysAddr) -> u64 {
+        // SAFETY: exclusively ours, initialised and aligned, as the caller of `new` promised and
+        // the trait demands.
+        unsafe { self.pointer::<u64>(at).read() }
+    }
+
+    fn write_entry(&mut self, at: PhysAddr, entry: u64) {
+        // SAFETY: as above.
+        unsafe { self.pointer::<u64>(at).write(entry) }
+    }
+
+    fn write(&mut self, at: PhysAddr, bytes: &[MaybeUninit<u8>]) {
+        // SAFETY: as above; what is written to is not what is read, since it is not in use.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.pointer(at), bytes.len()) }
+    }
+
+    fn zero(&mut self, at: PhysAddr, len: u64) {
+        // SAFETY: as above.
+        unsafe { self.pointer::<u8>(at).write_bytes(0, len as usize) }
+    }
 }
 
 #[cfg(test)]

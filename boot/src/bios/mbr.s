@@ -117,12 +117,13 @@ fail:
     das
     call put
     loop 6b
+// The message stays until a key is pressed; the machine then starts anew.
 halt:
     movw $stopped, %si
     call print
-7:  cli
-    hlt
-    jmp 7b
+    movb $0, %ah
+    int $0x16
+    ljmp $0xffff, $0
 
 // Prints the zero-terminated text at SI.
 print:
@@ -161,15 +162,13 @@ stopped:       .asciz "\r\nboot: stopped\r\n"
 boot_drive:    .byte 0
 status:        .byte 0
 
-.balign 4
+// Filled in by the image builder: the block and the sum. The partition table follows.
+.org 0x1a4
 packet:         .byte 16, 0
 packet_count:   .word 0
                 .word 0
 packet_segment: .word 0x7e0
-packet_block:   .quad 1
-
-// The sum is filled in by the image builder, who also makes the partition table.
-.org 0x1b4
+packet_block:   .quad 0
 loader_sum:     .long 0
 .org 0x1fe
                 .word 0xaa55

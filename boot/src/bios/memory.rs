@@ -1,11 +1,10 @@
 //! Physical memory: what the BIOS says there is, and access to it.
 
-use core::{mem::MaybeUninit, ptr, slice};
+use core::{cell::OnceCell, fmt, slice};
 
 use arrayvec::ArrayVec;
 use boot::{
-    memory_map::{E820Entry, MAX_ENTRIES},
-    physical::Memory,
+    memory_map::{E820Entry, MAX_ENTRIES, MemoryMap},
     rsdp,
 };
 use bootloader_api::info::{MemoryRegion, MemoryRegionKind};
@@ -19,10 +18,45 @@ pub const MAPPED: PhysAddr = PhysAddr::new(1 << 32);
 /// "SMAP".
 const SIGNATURE: u32 = 0x534d_4150;
 
+/// What goes wrong with the memory map.
+#[derive(Debug)]
+pub enum MapError {
+    /// The BIOS has none.
+    None,
+    /// It has more than there is room for.
+    TooLong,
+}
+
+impl fmt::Display for MapError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::None => "the BIOS has no memory map (INT 15h function E820h)",
+            Self::TooLong => "the BIOS's memory map is too long",
+        })
+    }
+}
+
+/// The memory map, as large as a good part of the stack.
+struct Map(OnceCell<MemoryMap>);
+
+// SAFETY: there is one CPU, and interrupt handlers do not use it.
+unsafe impl Sync for Map {}
+
+static MAP: Map = Map(OnceCell::new());
+
 /// The memory map of INT 15h function E820h (ACPI specification, "System Address Map Interfaces"),
-/// with the first page, which holds the BIOS's data, reserved. The error says what went wrong.
-pub fn map() -> Result<ArrayVec<MemoryRegion, MAX_ENTRIES>, &'static str> {
+/// with the first page, which holds the BIOS's data, reserved.
+pub fn map() -> Result<&'static MemoryMap, MapError> {
     let mut regions = ArrayVec::new();
+    report(&mut regions)?;
+    match MemoryMap::new(&regions) {
+        Ok(map) => Ok(MAP.0.get_or_init(|| map)),
+        Err(_) => Err(MapError::TooLong),
+    }
+}
+
+/// Adds what the BIOS reports, in its order.
+fn report(regions: &mut ArrayVec<MemoryRegion, MAX_ENTRIES>) -> Result<(), MapError> {
     regions.push(MemoryRegion {
         start: 0,
         end: boot::PAGE,
@@ -48,20 +82,20 @@ pub fn map() -> Result<ArrayVec<MemoryRegion, MAX_ENTRIES>, &'static str> {
         if registers.eax != SIGNATURE || registers.carry() {
             // An error after the first entry is how some BIOSes say that there are no more.
             if next != 0 {
-                return Ok(regions);
+                return Ok(());
             }
-            return Err("the BIOS has no memory map (INT 15h function E820h)");
+            return Err(MapError::None);
         }
-        let entry = SCRATCH.get();
+        let entry = SCRATCH.get::<24>();
         let number = |at: usize| u32::from_le_bytes([0, 1, 2, 3].map(|i| entry[at + i]));
         let long = |at: usize| u64::from(number(at)) | u64::from(number(at + 4)) << 32;
         if number(20) & 1 != 0 {
             let entry = E820Entry { start: long(0), len: long(8), kind: number(16) };
-            regions.try_push(entry.into()).map_err(|_| "the BIOS's memory map is too long")?;
+            regions.try_push(entry.into()).map_err(|_| MapError::TooLong)?;
         }
         next = registers.ebx;
         if next == 0 {
-            return Ok(regions);
+            return Ok(());
         }
     }
 }
@@ -81,46 +115,4 @@ pub fn acpi_root() -> Option<PhysAddr> {
             rsdp::find(area).map(|offset| PhysAddr::new((start + offset) as u64))
         },
     )
-}
-
-/// Physical memory at its own addresses, up to [`MAPPED`].
-pub struct Identity(());
-
-impl Identity {
-    /// # Safety
-    ///
-    /// Only addresses of memory that is there, and that nobody else uses, may be passed to the
-    /// methods: that given out by one `Frames` over the BIOS's map.
-    pub unsafe fn new() -> Self {
-        Self(())
-    }
-
-    /// The memory at `at`, as a pointer.
-    pub fn pointer<T>(&self, at: PhysAddr) -> *mut T {
-        assert!(at < MAPPED);
-        ptr::with_exposed_provenance_mut(at.as_u64() as usize)
-    }
-}
-
-impl Memory for Identity {
-    fn read_entry(&self, at: PhysAddr) -> u64 {
-        // SAFETY: exclusively ours, initialised and aligned, as the caller of `new` promised and
-        // the trait demands.
-        unsafe { self.pointer::<u64>(at).read() }
-    }
-
-    fn write_entry(&mut self, at: PhysAddr, entry: u64) {
-        // SAFETY: as above.
-        unsafe { self.pointer::<u64>(at).write(entry) }
-    }
-
-    fn write(&mut self, at: PhysAddr, bytes: &[MaybeUninit<u8>]) {
-        // SAFETY: as above; what is written to is not what is read, since it is not in use.
-        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.pointer(at), bytes.len()) }
-    }
-
-    fn zero(&mut self, at: PhysAddr, len: u64) {
-        // SAFETY: as above.
-        unsafe { self.pointer::<u8>(at).write_bytes(0, len as usize) }
-    }
 }

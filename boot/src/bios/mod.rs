@@ -5,11 +5,14 @@
 //! are laid down in `bios.ld`.
 
 pub mod a20;
+pub mod clock;
 pub mod console;
 pub mod disk;
 pub mod exceptions;
+pub mod keyboard;
 pub mod memory;
-mod runtime;
+pub mod restart;
+pub mod screen;
 
 use core::{arch::global_asm, cell::UnsafeCell};
 
@@ -42,6 +45,11 @@ impl Registers {
         self.flags & 1 != 0
     }
 
+    /// Whether the call set the zero flag.
+    pub fn zero(&self) -> bool {
+        self.flags & 1 << 6 != 0
+    }
+
     /// The status that disk services return.
     pub fn ah(&self) -> u8 {
         self.eax.to_le_bytes()[1]
@@ -55,6 +63,23 @@ unsafe extern "sysv64" {
     static mut bios_target: u32;
     static boot_drive: u8;
     static disk_table: [u8; boot::disk::Table::SIZE];
+    /// The lowest word of the stack.
+    static mut stack_bottom: u64;
+}
+
+/// Stands at the bottom of the stack, where it never gets if it is large enough.
+const STACK_MARK: u64 = u64::from_le_bytes(*b"untaken\n");
+
+/// Marks the bottom of the stack.
+pub fn mark_stack() {
+    // SAFETY: the stack is far from full.
+    unsafe { (&raw mut stack_bottom).write_volatile(STACK_MARK) }
+}
+
+/// Whether the stack has never been full.
+pub fn stack_was_enough() -> bool {
+    // SAFETY: it is memory of the loader.
+    unsafe { (&raw const stack_bottom).read_volatile() == STACK_MARK }
 }
 
 /// Calls software interrupt `vector` of the BIOS.
@@ -92,7 +117,7 @@ pub fn drive() -> u8 {
     unsafe { (&raw const boot_drive).read() }
 }
 
-/// What stands on the disk; `None` if no image builder said.
+/// Where the files are; `None` if no image builder said.
 pub fn table() -> Option<boot::disk::Table> {
     // SAFETY: read from the disk before any Rust code ran.
     boot::disk::Table::decode(unsafe { &disk_table })
@@ -116,7 +141,8 @@ unsafe impl Sync for Scratch {}
 static SCRATCH: Scratch = Scratch(UnsafeCell::new([0; Scratch::SIZE]));
 
 impl Scratch {
-    const SIZE: usize = 32;
+    /// What the largest of these structures needs.
+    const SIZE: usize = 512;
 
     /// Fills it with `bytes`, then zeros; returns segment and offset.
     fn put(&self, bytes: &[u8]) -> (u16, u16) {
@@ -127,9 +153,11 @@ impl Scratch {
         real_address(self.0.get() as usize)
     }
 
-    fn get(&self) -> [u8; Self::SIZE] {
+    /// The first bytes of it.
+    fn get<const N: usize>(&self) -> [u8; N] {
+        const { assert!(N <= Self::SIZE) };
         // SAFETY: see `put`; any bytes are valid.
-        unsafe { self.0.get().read_volatile() }
+        unsafe { self.0.get().cast::<[u8; N]>().read() }
     }
 }
 

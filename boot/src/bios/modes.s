@@ -9,7 +9,7 @@
 .set CODE16, 24
 .set DATA16, 32
 
-.set TABLES, 0x60000
+.set TABLES, 0x6a000
 .set REAL_STACK, 0x7c00
 
 .set CR0_PE, 1 << 0

@@ -1,4 +1,5 @@
-//! What compiled Rust expects of its surroundings, and an operating system would provide.
+//! What compiled Rust expects of its surroundings, and an operating system would provide: a part of both
+//! executables, as the library is also linked where there is one.
 
 use core::{
     alloc::{GlobalAlloc, Layout},
