@@ -6,20 +6,22 @@ use alloc::vec::Vec;
 use core::fmt;
 
 use bootloader_api::config::Mapping;
-use bootloader_api::info::MemoryRegionKind;
+use bootloader_api::info::{MemoryRegionKind, Optional};
 use bootloader_api::{BootInfo, BootloaderConfig, entry_point};
 use sld::{Detection, SldMode};
 
-use crate::config::Config;
+use crate::config::{AtEnd, Config};
 use crate::inbox::Message;
 use crate::percpu::{self, MAX_CPUS, PerCpu};
-use crate::ramdisk::{Ramdisk, RamdiskError};
+use crate::ramdisk::{self, Ramdisk, RamdiskError};
 use crate::sched::{self, Policy};
+use crate::screen::Screen;
 use crate::smp::BootCpu;
+use crate::summary::{self, Ending};
 use crate::task::VcpuTask;
 use crate::vm::{Bitmaps, Factory, Vm};
-use crate::x86::cpu;
-use crate::{acpi, events, logger, memory, power, serial};
+use crate::x86::{cpu, mca};
+use crate::{acpi, console, events, hardware, logger, memory, platform, power, serial};
 
 /// Not read: cargo builds again when the linker script changes.
 const _: &str = include_str!("../kernel.ld");
@@ -35,15 +37,33 @@ const BOOTLOADER_CONFIG: BootloaderConfig = {
 entry_point!(main, config = &BOOTLOADER_CONFIG);
 
 fn main(info: &'static mut BootInfo) -> ! {
-    serial::LOG.initialize();
-    serial::EVENTS.initialize();
+    cpu::begin();
+    let rsdp = info.rsdp_addr.into_option();
+    let ports =
+        serial::initialize(rsdp.and_then(|rsdp| acpi::serial_console(&memory::DirectMap, rsdp)));
+    let framebuffer = core::mem::replace(&mut info.framebuffer, Optional::None).into_option();
+    let screen = match framebuffer {
+        Some(framebuffer) => Screen::of_framebuffer(framebuffer),
+        // SAFETY: the loader leaves the screen in text mode where it gives no framebuffer.
+        None if firmware(info) == "bios" => unsafe { Screen::of_text_mode() },
+        None => Screen::none(),
+    };
+    console::with(|console| {
+        console.use_ports(ports);
+        console.screen = screen;
+        console.title(format_args!("Unsplit {}", env!("CARGO_PKG_VERSION")));
+    });
     logger::initialize();
-    log::info!("Unsplit {}", env!("CARGO_PKG_VERSION"));
-    if let Err(why) = run(info) {
+    let ramdisk = ramdisk(info).map(|ramdisk| {
+        let (log, archive) = ramdisk::split_log(ramdisk);
+        console::with(|console| console.keep(log));
+        archive
+    });
+    if let Err(why) = run(info, ramdisk) {
         log::error!("{why}");
         refused(&why);
     }
-    power::off()
+    power::end()
 }
 
 /// Why the hypervisor does not run.
@@ -54,27 +74,37 @@ fn refuse(why: impl fmt::Display) -> Refusal {
 }
 
 fn refused(why: &str) {
+    console::with(|console| summary::show(console, Ending::Refused(why), power::at_end()));
     events::write(percpu::stamp(), "refused", |json| json.text("why", why));
 }
 
-fn run(info: &'static BootInfo) -> Result<(), Refusal> {
-    if let Err(short) = memory::initialize(&info.memory_regions) {
+fn run(
+    info: &'static BootInfo,
+    ramdisk: Result<&'static [u8], RamdiskError>,
+) -> Result<(), Refusal> {
+    let mtrrs = cpu::mtrrs();
+    let memory = memory::initialize(&info.memory_regions, mtrrs.as_ref()).unwrap_or_else(|short| {
         // Without a heap there is no `Refusal` either.
         log::error!(
             "too little memory: {} MiB usable; the hypervisor needs about 16 MiB for itself",
             short.usable >> 20
         );
         refused("too little memory");
-        power::off();
-    }
+        power::end()
+    });
     let rsdp = info.rsdp_addr.into_option();
     let acpi = rsdp.and_then(|rsdp| acpi::read(&memory::DirectMap, rsdp));
     if let Some(acpi) = &acpi {
         power::initialize(acpi.power);
     }
+    let apic_ids = acpi.map_or(Vec::new(), |acpi| acpi.cpus);
+    hardware::report(&memory, mtrrs.as_ref(), &apic_ids);
+    platform::start();
     cpu::mask_legacy_interrupts();
-    let ramdisk = Ramdisk::new(ramdisk(info).map_err(refuse)?).map_err(refuse)?;
-    let config = Config::parse(ramdisk.config().map_err(refuse)?).map_err(refuse)?;
+    let ramdisk = Ramdisk::new(ramdisk.map_err(refuse)?).map_err(refuse)?;
+    let file = ramdisk.config().map_err(refuse)?;
+    power::set_at_end(AtEnd::of_file(file));
+    let config = Config::parse(file).map_err(refuse)?;
     let policy = Policy {
         slice_ticks: config.slice_ticks,
         migrate_exits: config.migrate_exits,
@@ -83,7 +113,6 @@ fn run(info: &'static BootInfo) -> Result<(), Refusal> {
     };
     let mut boot = BootCpu::start(config.sld, policy).map_err(refuse)?;
     let bitmaps = Bitmaps::new().ok_or("no memory is left for bitmaps")?;
-    let apic_ids = acpi.map_or(Vec::new(), |acpi| acpi.cpus);
     let limit = config.cpus.map_or(MAX_CPUS, |cpus| cpus as usize);
     let page = memory::low_page(&info.memory_regions);
     boot.start_others(&apic_ids, limit, page, (config.sld, policy));
@@ -99,12 +128,12 @@ fn run(info: &'static BootInfo) -> Result<(), Refusal> {
     Ok(())
 }
 
-fn ramdisk(info: &'static BootInfo) -> Result<&'static [u8], RamdiskError> {
+fn ramdisk(info: &BootInfo) -> Result<&'static mut [u8], RamdiskError> {
     let address = info.ramdisk_addr.into_option().ok_or(RamdiskError::Absent)?;
     let length = usize::try_from(info.ramdisk_len).map_err(|_| RamdiskError::Damaged)?;
-    // SAFETY: the loader has mapped the ramdisk there for the kernel's use, and does not list it
-    // as usable memory.
-    Ok(unsafe { core::slice::from_raw_parts(address as *const u8, length) })
+    // SAFETY: the loader has mapped the ramdisk there for the kernel to read and to write, and does
+    // not list it as usable memory; this is called once.
+    Ok(unsafe { core::slice::from_raw_parts_mut(address as *mut u8, length) })
 }
 
 fn firmware(info: &BootInfo) -> &'static str {
@@ -126,6 +155,7 @@ fn say_boot(boot: &BootCpu, config: &Config, firmware: &str) {
         json.text("sld_source", source)?;
         json.text("firmware", firmware)
     });
+    summary::host(summary::Host { cpus, mode: config.sld, detection: boot.detection });
     if cpus > 1 {
         log::info!("{cpus} CPUs");
     }
@@ -162,12 +192,14 @@ fn make_vms(factory: &Factory<'_>, config: &Config) -> Vec<Arc<Vm>> {
                     json.number("weight", vm.placement.weight)?;
                     json.number("memory_bytes", bytes)
                 });
+                summary::started(name, vm.policy.mode(), vm.placement.vcpus);
                 vcpus += tasks.len();
                 tasks.into_iter().for_each(|task| place(task, &vm, &mut loads));
                 vms.push(vm);
             }
             Err(why) => {
                 log::error!("VM {name} cannot start: {why}");
+                summary::refused(name, &why);
                 events::write(percpu::stamp(), "vm-refused", |json| {
                     json.text("vm", name)?;
                     json.text("why", why)
@@ -189,12 +221,17 @@ fn place(task: VcpuTask, vm: &Vm, loads: &mut [u64; MAX_CPUS]) {
 fn shut_down() {
     let (counters, vms, violations) = sched::totals();
     log::info!("all VMs have ended");
+    platform::finish();
+    let ending = Ending::Finished { exits: counters.all_exits(), violations };
+    console::with(|console| summary::show(console, ending, power::at_end()));
     events::write(percpu::stamp(), "shutdown", |json| {
         json.object("counters", |json| {
             json.number("vms", vms)?;
             json.number("exits", counters.all_exits())?;
             counters.split_locks.write(json)?;
             json.number("nmis", percpu::nmis())?;
+            json.number("unknown_nmis", percpu::unknown_nmis())?;
+            json.number("corrected_errors", mca::corrected())?;
             json.number("loads", counters.loads)?;
             json.number("migrations", counters.migrations)?;
             json.number("violations", violations)

@@ -25,7 +25,43 @@ const VCPUS: RangeInclusive<u32> = 1..=MAX_VCPUS;
 /// Smallest and largest weight of a VM.
 const WEIGHT: RangeInclusive<u32> = 1..=1000;
 /// The longest VM name.
-const MAX_NAME: usize = 31;
+pub const MAX_NAME: usize = 31;
+
+/// What becomes of the machine when all VMs have ended, or the hypervisor cannot run.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+#[repr(u8)]
+pub enum AtEnd {
+    /// It shows what was, until a key is pressed: then it starts again.
+    #[default]
+    Stay,
+    /// It is switched off.
+    PowerOff,
+    /// It starts again.
+    Reboot,
+}
+
+impl AtEnd {
+    /// Its name in the file.
+    fn named(name: &str) -> Option<Self> {
+        match name {
+            "stay" => Some(Self::Stay),
+            "power-off" => Some(Self::PowerOff),
+            "reboot" => Some(Self::Reboot),
+            _ => None,
+        }
+    }
+
+    /// What a file says, also one that cannot be used for other reasons.
+    pub fn of_file(text: &[u8]) -> Self {
+        #[derive(Deserialize)]
+        struct Part {
+            #[serde(default, deserialize_with = "at_end")]
+            at_end: AtEnd,
+        }
+        let text = core::str::from_utf8(text).ok();
+        text.and_then(|text| toml::from_str(text).ok()).map_or(Self::Stay, |part: Part| part.at_end)
+    }
+}
 
 /// The whole file.
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
@@ -50,6 +86,9 @@ pub struct Config {
     /// All VMs are ended once so many vCPU loads have happened; never if absent.
     #[serde(default)]
     pub stop_after_loads: Option<u64>,
+    /// What becomes of the machine at the end.
+    #[serde(default, deserialize_with = "at_end")]
+    pub at_end: AtEnd,
     /// The VMs, which all run at the same time.
     #[serde(default, rename = "vm")]
     pub vms: Vec<VmConfig>,
@@ -114,6 +153,14 @@ where
     D: serde::Deserializer<'de>,
 {
     mode(deserializer).map(Some)
+}
+
+fn at_end<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<AtEnd, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    AtEnd::named(&text).ok_or_else(|| {
+        let expected = "at_end: use \"stay\", \"power-off\" or \"reboot\"";
+        serde::de::Error::custom(format!("{expected}, not `{text}`"))
+    })
 }
 
 /// What is wrong with the file, in words for the person who wrote it.
@@ -367,6 +414,29 @@ mod tests {
             assert!(error.contains(&format!("{key} = 0: use at least 1")), "{error}");
         }
         assert!(error(&format!("sld = \"warn\"\n{VM}cpus = 1\n")).contains("line 6"));
+    }
+
+    #[test]
+    fn the_end_is_as_the_file_says_even_if_nothing_else_can_be_read() {
+        let parsed = |key: &str| {
+            let text = format!("sld = \"warn\"\n{key}\n{VM}");
+            let config = Config::parse(text.as_bytes()).map(|config| config.at_end);
+            (config.ok(), AtEnd::of_file(text.as_bytes()))
+        };
+        assert_eq!(parsed(""), (Some(AtEnd::Stay), AtEnd::Stay));
+        for (name, at_end) in
+            [("stay", AtEnd::Stay), ("power-off", AtEnd::PowerOff), ("reboot", AtEnd::Reboot)]
+        {
+            assert_eq!(parsed(&format!("at_end = \"{name}\"")), (Some(at_end), at_end));
+            let bad = format!("sld = \"loud\"\nat_end = \"{name}\"\ncolour = 1\n");
+            assert_eq!(AtEnd::of_file(bad.as_bytes()), at_end);
+        }
+        assert_eq!(parsed("at_end = \"off\""), (None, AtEnd::Stay));
+        assert_eq!(parsed("at_end = 1"), (None, AtEnd::Stay));
+        assert_eq!(AtEnd::of_file(b"at_end = \"reboot\"\n]"), AtEnd::Stay);
+        assert_eq!(AtEnd::of_file(b"\xff"), AtEnd::Stay);
+        let wrong = error(&format!("at_end = \"off\"\nsld = \"warn\"\n{VM}"));
+        assert!(wrong.contains("line 1: at_end: use \"stay\", \"power-off\" or \"reboot\""));
     }
 
     #[test]

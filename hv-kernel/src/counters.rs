@@ -19,17 +19,34 @@ pub struct SplitLocks {
     pub step: u64,
     /// VM stopped.
     pub kill: u64,
+    /// So many of all these may have been ordinary alignment checks.
+    pub legacy: u64,
 }
 
 impl SplitLocks {
-    /// Counts a verdict.
-    pub fn count(&mut self, verdict: Verdict) {
+    /// Counts a verdict. `legacy`: the #AC may have been an ordinary alignment check.
+    pub fn count(&mut self, verdict: Verdict, legacy: bool) {
+        self.legacy += u64::from(legacy);
         match verdict {
             Verdict::Inject => self.inject += 1,
             Verdict::Warn { .. } => self.warn += 1,
             Verdict::Step { .. } => self.step += 1,
             Verdict::Kill | Verdict::KillBogus => self.kill += 1,
         }
+    }
+
+    /// Adds another one's.
+    pub fn add(&mut self, other: &Self) {
+        self.inject += other.inject;
+        self.warn += other.warn;
+        self.step += other.step;
+        self.kill += other.kill;
+        self.legacy += other.legacy;
+    }
+
+    /// How many split locks there were.
+    pub fn seen(&self) -> u64 {
+        self.inject + self.warn + self.step + self.kill - self.legacy
     }
 
     /// Writes them as fields of an event.
@@ -63,7 +80,7 @@ impl Counters {
     pub const fn new() -> Self {
         Self {
             exits: Exits::NONE,
-            split_locks: SplitLocks { inject: 0, warn: 0, step: 0, kill: 0 },
+            split_locks: SplitLocks { inject: 0, warn: 0, step: 0, kill: 0, legacy: 0 },
             real_bit_writes: 0,
             loads: 0,
             migrations: 0,
@@ -76,11 +93,7 @@ impl Counters {
         for (sum, count) in self.exits.exits.iter_mut().zip(other.exits.exits) {
             *sum += count;
         }
-        let (sum, more) = (&mut self.split_locks, &other.split_locks);
-        sum.inject += more.inject;
-        sum.warn += more.warn;
-        sum.step += more.step;
-        sum.kill += more.kill;
+        self.split_locks.add(&other.split_locks);
         self.real_bit_writes += other.real_bit_writes;
         self.loads += other.loads;
         self.migrations += other.migrations;

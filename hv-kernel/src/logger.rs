@@ -1,8 +1,8 @@
-//! `log` on COM1.
+//! `log` on the console.
 
-use log::{Level, LevelFilter, Log, Metadata, Record};
+use log::{LevelFilter, Log, Metadata, Record};
 
-use crate::serial;
+use crate::console;
 
 struct Logger;
 
@@ -12,22 +12,15 @@ impl Log for Logger {
     }
 
     fn log(&self, record: &Record<'_>) {
-        let label = match record.level() {
-            Level::Error => "ERROR ",
-            Level::Warn => "WARN  ",
-            Level::Info => "",
-            Level::Debug => "debug ",
-            Level::Trace => "trace ",
-        };
-        serial::LOG.with(|port| write!(port, "{label}{}\r\n", record.args()));
+        console::with(|console| console.log(record.level(), *record.args()));
     }
 
     fn flush(&self) {
-        serial::LOG.flush();
+        console::with(console::Console::flush);
     }
 }
 
-/// Makes `log` write to COM1.
+/// Makes `log` write to the console.
 ///
 /// # Panics
 ///
@@ -35,5 +28,5 @@ impl Log for Logger {
 pub fn initialize() {
     static LOGGER: Logger = Logger;
     log::set_logger(&LOGGER).expect("the logger is set once");
-    log::set_max_level(LevelFilter::Info);
+    log::set_max_level(LevelFilter::Debug);
 }

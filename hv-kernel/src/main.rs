@@ -9,16 +9,23 @@ extern crate alloc;
 
 mod acpi;
 mod config;
+mod console;
 mod deadlines;
 mod devices;
 mod events;
+mod firmware;
 mod frames;
 mod gate;
+mod keyboard;
 mod logger;
+mod machine_check;
+mod mtrr;
 mod pvh;
 mod ramdisk;
 mod runqueue;
+mod screen;
 mod serial;
+mod summary;
 mod trail;
 mod wake;
 
@@ -26,6 +33,8 @@ mod wake;
 mod boot;
 mod counters;
 mod guest_memory;
+#[cfg(not(test))]
+mod hardware;
 #[cfg(not(test))]
 mod inbox;
 #[cfg(not(test))]
@@ -35,6 +44,9 @@ mod memory;
 mod panic;
 #[cfg(not(test))]
 mod percpu;
+#[cfg(not(test))]
+mod platform;
+#[cfg(not(test))]
 mod power;
 #[cfg(not(test))]
 mod sched;

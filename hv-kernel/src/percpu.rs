@@ -54,6 +54,13 @@ pub struct PerCpu {
     pub front: AtomicU64,
     /// NMIs so far.
     nmis: AtomicU64,
+    /// Kicks that were sent to it so far.
+    kicks: AtomicU64,
+    /// Those of them that were sent when it took its last NMI that was a kick, and when that was.
+    kicks_taken: AtomicU64,
+    last_kick: AtomicU64,
+    /// What its handlers have found, and cannot tell of themselves.
+    pub notices: Notices,
     /// Events so far. Only the CPU itself counts.
     events: AtomicU64,
     /// Orders to drop all translations derived from EPT, and how many of them are carried out.
@@ -62,6 +69,47 @@ pub struct PerCpu {
 }
 
 const _: () = assert!(core::mem::offset_of!(PerCpu, address) == 0);
+
+/// How long after a kick another one may come that was sent before it, in ticks of the TSC. It waits for
+/// the first one's handler only, unless system management gets between the two.
+const LATE_KICK: u64 = 1 << 26;
+
+/// What handlers that may not wait for a lock have found.
+#[derive(Debug, Default)]
+pub struct Notices {
+    /// There is something.
+    any: AtomicBool,
+    /// NMIs that nobody here has sent, so far.
+    unknown_nmis: AtomicU64,
+    /// A machine check came that was another CPU's.
+    machine_check: AtomicBool,
+}
+
+impl Notices {
+    fn unknown_nmi(&self) {
+        self.unknown_nmis.fetch_add(1, Ordering::Relaxed);
+        self.any.store(true, Ordering::Release);
+    }
+
+    /// A machine check that was another CPU's.
+    pub fn machine_check(&self) {
+        self.machine_check.store(true, Ordering::Relaxed);
+        self.any.store(true, Ordering::Release);
+    }
+
+    /// Whether there is something to tell.
+    #[inline]
+    pub fn is_any(&self) -> bool {
+        self.any.load(Ordering::Relaxed)
+    }
+
+    /// What there is to tell: unknown NMIs so far, and whether there was a machine check.
+    pub fn take(&self) -> (u64, bool) {
+        self.any.store(false, Ordering::Relaxed);
+        let nmis = self.unknown_nmis.load(Ordering::Acquire);
+        (nmis, self.machine_check.swap(false, Ordering::Acquire))
+    }
+}
 
 /// All CPUs that have come online.
 static CPUS: [Once<&'static PerCpu>; MAX_CPUS] = [const { Once::new() }; MAX_CPUS];
@@ -84,6 +132,10 @@ impl PerCpu {
             inbox: Inbox::new(),
             front: AtomicU64::new(u64::MAX),
             nmis: AtomicU64::new(0),
+            kicks: AtomicU64::new(0),
+            kicks_taken: AtomicU64::new(0),
+            last_kick: AtomicU64::new(0),
+            notices: Notices::default(),
             events: AtomicU64::new(0),
             flushes_wanted: AtomicU64::new(0),
             flushes_done: AtomicU64::new(0),
@@ -118,6 +170,7 @@ impl PerCpu {
 
     /// Kicks it by NMI: out of its guest, or out of its sleep.
     pub fn kick(&self, own: LocalApic) {
+        self.kicks.fetch_add(1, Ordering::Relaxed);
         own.send(self.apic_id, Ipi::Nmi);
     }
 
@@ -132,11 +185,28 @@ impl PerCpu {
     /// An NMI came, in the guest or in the hypervisor. Takes no lock, waits for nothing.
     pub fn on_nmi(&self) {
         self.nmis.fetch_add(1, Ordering::Relaxed);
+        self.judge_nmi();
         self.kicked.store(true, Ordering::Relaxed);
         if self.in_vmx.load(Ordering::Relaxed) {
             // SAFETY: `in_vmx` says so.
             unsafe { expire_preemption_timer() };
             self.flush_if_wanted();
+        }
+    }
+
+    /// Whether the NMI that has come is a kick.
+    ///
+    /// Kicks that come close together are one NMI, so they cannot be counted off. An NMI is a kick
+    /// if one was sent since the last, or if that was not long ago: two may have been on their way,
+    /// and one waits while the other is handled. So a kick is never taken for something else; an
+    /// NMI of the platform may be for a kick.
+    fn judge_nmi(&self) {
+        let (sent, now) = (self.kicks.load(Ordering::Relaxed), now());
+        if self.kicks_taken.swap(sent, Ordering::Relaxed) != sent {
+            self.last_kick.store(now, Ordering::Relaxed);
+        } else if sent == 0 || now.wrapping_sub(self.last_kick.load(Ordering::Relaxed)) > LATE_KICK
+        {
+            self.notices.unknown_nmi();
         }
     }
 
@@ -196,6 +266,11 @@ pub fn online() -> u64 {
 /// NMIs of all CPUs so far.
 pub fn nmis() -> u64 {
     all(u64::MAX).map(|cpu| cpu.nmis.load(Ordering::Relaxed)).sum()
+}
+
+/// Those of them that nobody here has sent.
+pub fn unknown_nmis() -> u64 {
+    all(u64::MAX).map(|cpu| cpu.notices.unknown_nmis.load(Ordering::Relaxed)).sum()
 }
 
 /// Has all CPUs of `set` drop their translations derived from EPT, and waits until they have: for

@@ -40,6 +40,26 @@ pub struct Ramdisk<'a> {
 /// Size of a tar record.
 const BLOCK: usize = 512;
 
+/// Takes the area for the log that outlives a restart off the front of an archive, if its first file
+/// is one. What is left is an archive, too.
+pub fn split_log(data: &mut [u8]) -> (Option<&mut [u8]>, &[u8]) {
+    match log_end(data).filter(|end| *end <= data.len()) {
+        Some(end) => {
+            let (log, rest) = data.split_at_mut(end);
+            (Some(&mut log[BLOCK..]), rest)
+        }
+        None => (None, data),
+    }
+}
+
+/// Where the first file ends, if it is the log's area.
+fn log_end(data: &[u8]) -> Option<usize> {
+    let head = data.get(..BLOCK)?;
+    let name = head[..100].split(|byte| *byte == 0).next()?;
+    let size = (name == boot::log::NAME.as_bytes()).then(|| octal(&head[124..136]))??;
+    BLOCK.checked_add(usize::try_from(size).ok()?.checked_next_multiple_of(BLOCK)?)
+}
+
 impl<'a> Ramdisk<'a> {
     /// Checks that `data` is a tar archive with its end marker, so that nothing is cut off.
     ///
@@ -52,9 +72,16 @@ impl<'a> Ramdisk<'a> {
         Ok(Self { archive })
     }
 
-    /// A file's contents.
+    /// A file's contents. Where there is none of this name, capitals do not matter: on the stick
+    /// they do not either.
     pub fn file(&self, path: &str) -> Option<&'a [u8]> {
-        let matching = |name: &str| name.strip_prefix("./").unwrap_or(name) == path;
+        let exact = |name: &str| name == path;
+        let alike = |name: &str| name.eq_ignore_ascii_case(path);
+        self.find(exact).or_else(|| self.find(alike))
+    }
+
+    fn find(&self, matches: impl Fn(&str) -> bool) -> Option<&'a [u8]> {
+        let matching = |name: &str| matches(name.strip_prefix("./").unwrap_or(name));
         let mut entries = self.archive.entries();
         entries.find(|entry| entry.filename().as_str().is_ok_and(matching)).map(|e| e.data())
     }
@@ -128,6 +155,36 @@ mod tests {
         assert_eq!(ramdisk.config(), Ok(&b"sld"[..]));
         assert_eq!(ramdisk.file("guests/a").map(<[u8]>::len), Some(600));
         assert_eq!(ramdisk.file("guests/b"), None);
+    }
+
+    #[test]
+    fn capitals_do_not_matter_where_one_name_fits() {
+        let data =
+            [entry("HV.TOML", b"x"), entry("guests/A", b"1"), entry("guests/a", b"2")].concat();
+        let data = [data, vec![0; 2 * BLOCK]].concat();
+        let ramdisk = Ramdisk::new(&data).unwrap();
+        assert_eq!(ramdisk.config(), Ok(&b"x"[..]));
+        assert_eq!(ramdisk.file("guests/a"), Some(&b"2"[..]));
+        assert_eq!(ramdisk.file("guests/A"), Some(&b"1"[..]));
+        assert_eq!(ramdisk.file("Guests/a"), Some(&b"1"[..]));
+    }
+
+    #[test]
+    fn the_logs_area_comes_off() {
+        let mut plain = archive();
+        let (log, rest) = split_log(&mut plain);
+        assert!(log.is_none() && rest == archive());
+        let mut data = [entry(boot::log::NAME, &[7; 700]), archive()].concat();
+        let (log, rest) = split_log(&mut data);
+        assert_eq!(log.map(|log| log.len()), Some(1024));
+        assert_eq!(rest, archive());
+        // Cut off within the area, or somewhere else.
+        for end in [0, 100, 511, 512, 1000, 1535] {
+            let (log, rest) = split_log(&mut data[..end]);
+            assert!(log.is_none() && rest.len() == end, "{end}");
+        }
+        let mut other = [entry("unsplit/log.txt", &[7; 700]), archive()].concat();
+        assert!(split_log(&mut other).0.is_none());
     }
 
     #[test]

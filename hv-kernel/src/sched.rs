@@ -19,13 +19,16 @@ use vmx::instruction::now;
 use vmx::run::End;
 use vmx::vcpu::HostState;
 
+use crate::console;
 use crate::counters::Counters;
 use crate::deadlines::Deadlines;
 use crate::events::{self, Event, Ring};
 use crate::inbox::Message;
 use crate::percpu::{self, Core, PerCpu};
+use crate::platform;
 use crate::runqueue::RunQueue;
-use crate::serial;
+use crate::screen::Colour;
+use crate::summary;
 use crate::task::{Next, Thread, VcpuTask};
 use crate::vm::{MAX_VCPUS, Reason, Slot, Vm};
 use crate::x86::apic::{LocalApic, SPURIOUS_VECTOR, TIMER_VECTOR};
@@ -182,6 +185,9 @@ impl Cpu {
     /// Takes what other CPUs have sent.
     #[inline]
     pub fn receive(&mut self) {
+        if self.shared.notices.is_any() {
+            platform::tell(self.shared);
+        }
         while !self.shared.inbox.is_empty() {
             match self.shared.inbox.pop() {
                 Some(Message::Take(task)) => self.welcome(task),
@@ -597,10 +603,7 @@ fn vm_ended(vm: &Vm, counters: &Counters) {
     let reason = vm.reason().unwrap_or(Reason::Halt);
     vm.end_line();
     while vm.has_lines() {
-        serial::LOG.with(|port| {
-            vm.print_line(port);
-            Ok(())
-        });
+        console::with(|console| vm.print_line(console));
     }
     match reason {
         Reason::End(End::Exit(status)) => log::info!("VM {name} ended itself with status {status}"),
@@ -621,6 +624,16 @@ fn vm_ended(vm: &Vm, counters: &Counters) {
         }
         counters.write(json)
     });
+    let locks = &counters.split_locks;
+    match reason {
+        Reason::End(End::Exit(status)) => {
+            summary::ended(name, format_args!("exit {status}"), Colour::Text, locks);
+        }
+        Reason::End(End::SplitLock) | Reason::Halt | Reason::TimeLimit | Reason::LoadLimit => {
+            summary::ended(name, format_args!("{reason}"), Colour::Warning, locks);
+        }
+        Reason::End(_) => summary::ended(name, format_args!("{reason}"), Colour::Error, locks),
+    }
     let mut totals = TOTALS.lock();
     totals.0.add(counters);
     totals.1 += 1;

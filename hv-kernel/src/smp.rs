@@ -1,6 +1,8 @@
 //! Bringing CPUs online: the boot CPU first, then, by it, one after the other, those that ACPI names.
 
 use alloc::boxed::Box;
+use alloc::format;
+use alloc::string::String;
 use alloc::vec::Vec;
 use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -12,20 +14,22 @@ use vmx::addr::HostPhysAddr;
 use vmx::capability::Capabilities;
 use vmx::cpuid::{CpuidTable, Offer};
 use vmx::instruction::now;
-use vmx::msr_policy::msr::PAT;
 use x86_64::PhysAddr;
 use x86_64::registers::control::{Cr3, Cr3Flags};
 use x86_64::structures::paging::PhysFrame;
 
 use crate::events::{self, Stamp};
 use crate::gate::Gate;
+use crate::hardware;
+use crate::machine_check::Report;
+use crate::mtrr::Mtrrs;
 use crate::percpu::{self, Core, MAX_CPUS, PerCpu};
 use crate::sched::{Cpu, Policy, SldCpu};
 use crate::vm::MAX_VCPUS;
 use crate::x86::apic::LocalApic;
 use crate::x86::cpu::{self, NoVmx, Vmx};
 use crate::x86::startup::Startup;
-use crate::x86::{msr, stack};
+use crate::x86::{mca, stack};
 
 /// Size of a CPU's stack in bytes.
 const STACK_BYTES: u64 = 64 * 1024;
@@ -39,8 +43,10 @@ struct Common {
     detection: Detection,
     mode: SldMode,
     policy: Policy,
-    /// IA32_PAT.
-    pat: u64,
+    /// MTRRs. They may differ, if the firmware has made a mistake.
+    mtrrs: Option<Mtrrs>,
+    /// IA32_TSC_ADJUST.
+    tsc_adjust: Option<u64>,
     /// CR3.
     root: u64,
 }
@@ -54,10 +60,12 @@ enum LeftOut {
     OutOfMemory,
     /// It has no VMX to use.
     NoVmx(NoVmx),
-    /// Its VMX can do other things than the boot CPU's.
-    OtherVmx,
-    /// Its CPUID says other things than the boot CPU's.
-    OtherCpuid,
+    /// The boot CPU's local APIC cannot send it anything.
+    OutOfReach,
+    /// Its VMX differs from the boot CPU's in this capability MSR, as far as that is used.
+    OtherVmx(u32),
+    /// Its CPUID differs from the boot CPU's in this leaf, as far as guests see it.
+    OtherCpuid(u32),
     /// Its split-lock detection is not like the boot CPU's.
     OtherDetection(Detection),
 }
@@ -68,8 +76,17 @@ impl fmt::Display for LeftOut {
             Self::NoAnswer => f.write_str("it does not answer INIT and SIPI"),
             Self::OutOfMemory => f.write_str("no memory is left for its stacks"),
             Self::NoVmx(why) => why.fmt(f),
-            Self::OtherVmx => f.write_str("its VMX capabilities are not the boot CPU's"),
-            Self::OtherCpuid => f.write_str("its CPUID leaves are not the boot CPU's"),
+            Self::OutOfReach => f.write_str(
+                "the boot CPU's local APIC reaches IDs below 255 only; enable x2APIC in the firmware \
+                 setup",
+            ),
+            Self::OtherVmx(number) => {
+                write!(f, "its VMX capabilities are not the boot CPU's: MSR {number:#x} differs")
+            }
+            Self::OtherCpuid(leaf) => write!(
+                f,
+                "guests could not move to it from the boot CPU: CPUID leaf {leaf:#x} differs"
+            ),
             Self::OtherDetection(Detection::Works) => {
                 f.write_str("it detects split locks, which the boot CPU does not")
             }
@@ -120,14 +137,17 @@ impl BootCpu {
     /// [`NoVmx`].
     pub fn start(mode: SldMode, policy: Policy) -> Result<Self, NoVmx> {
         let (segments, idt) = cpu::initialize().ok_or(NoVmx::OutOfMemory)?;
+        let left_over = mca::start(true);
         let apic = LocalApic::start();
         let mut cores = Vec::new();
         let shared = make(0, apic.id(), &mut cores);
         shared.install();
+        tell_left_over(shared, left_over);
         let vmx = cpu::enter_vmx(shared, &segments, idt)?;
         let boot = percpu::stamp();
         let mut sld = SldCpu::new(shared.core);
         let Online { detection, real_bit } = sld::online(&mut sld, mode);
+        hardware::tell_detection(detection);
         let mut cpu = Cpu::new(shared, sld, vmx.host, apic, policy);
         cpu.note(Ok(real_bit));
         cpu.write_events();
@@ -166,7 +186,8 @@ impl BootCpu {
             detection: self.detection,
             mode,
             policy,
-            pat: self.vmx.host.pat,
+            mtrrs: cpu::mtrrs(),
+            tsc_adjust: cpu::tsc_adjust(),
             root: startup.kernel_root(),
         }));
         let mut all_answered = true;
@@ -195,6 +216,9 @@ impl BootCpu {
         apic_id: u32,
         common: &'static Common,
     ) -> Result<(), LeftOut> {
+        if !LocalApic::current().reaches(apic_id) {
+            return Err(LeftOut::OutOfReach);
+        }
         let stack = stack::allocate(STACK_BYTES).ok_or(LeftOut::OutOfMemory)?;
         // Its index is given for good only once it is online.
         let shared = make(self.others + 1, apic_id, &mut self.cores);
@@ -279,6 +303,13 @@ fn say_online(cpu: &'static PerCpu) {
     });
 }
 
+/// Tells of machine checks from before this CPU came up.
+fn tell_left_over(cpu: &PerCpu, report: Option<Report>) {
+    for bank in report.iter().flat_map(|report| &report.banks) {
+        log::warn!("machine check before the boot, APIC ID {}: {bank}", cpu.apic_id);
+    }
+}
+
 /// Where a started CPU arrives, on its stack, with the startup's page tables.
 extern "C" fn arrive(argument: u64) -> ! {
     // SAFETY: `start_one` passes the address of a `Launch` that lives for ever.
@@ -310,18 +341,25 @@ extern "C" fn arrive(argument: u64) -> ! {
 fn come_online(shared: &'static PerCpu, common: &'static Common) -> Result<(Cpu, Vmx), LeftOut> {
     let (segments, idt) = cpu::initialize().ok_or(LeftOut::OutOfMemory)?;
     let apic = LocalApic::start();
-    // SAFETY: the boot CPU runs with this PAT on the same page tables.
-    unsafe {
-        let _ = msr::write(PAT, common.pat);
-    }
     shared.install();
-    if visible_cpuid() != common.cpuid {
-        return Err(LeftOut::OtherCpuid);
+    tell_left_over(shared, mca::start(false));
+    cpu::set_tsc_adjust(common.tsc_adjust);
+    let mtrrs = cpu::mtrrs();
+    if mtrrs != common.mtrrs {
+        log::warn!(
+            "the CPU with APIC ID {} has other MTRRs than the boot CPU, which is a mistake of the \
+             firmware: {}",
+            shared.apic_id,
+            mtrrs.map_or(String::from("none"), |mtrrs| format!("{mtrrs}"))
+        );
+    }
+    if let Some(leaf) = visible_cpuid().differs_from(&common.cpuid) {
+        return Err(LeftOut::OtherCpuid(leaf));
     }
     let vmx = cpu::enter_vmx(shared, &segments, idt).map_err(LeftOut::NoVmx)?;
-    if vmx.caps != common.caps {
+    if let Some(number) = vmx.caps.differs_from(&common.caps) {
         vmx.leave();
-        return Err(LeftOut::OtherVmx);
+        return Err(LeftOut::OtherVmx(number));
     }
     let mut sld = SldCpu::new(shared.core);
     let Online { detection, real_bit } = sld::online(&mut sld, common.mode);
@@ -342,6 +380,7 @@ fn leave(cpu: &mut Cpu, vmx: Vmx) {
     let written = sld::offline(&mut cpu.sld);
     cpu.note(written);
     cpu.write_events();
+    mca::poll(cpu.shared);
     cpu.shared.set_offline();
     vmx.leave();
 }

@@ -23,7 +23,8 @@ use crate::guest_memory::GuestMemory;
 use crate::percpu::PerCpu;
 use crate::sched::{Cpu, SldCpu};
 use crate::vm::{Reason, Vm};
-use crate::{memory, serial};
+use crate::x86::mca;
+use crate::{console, memory};
 
 /// How many warnings a run prints. Events and counters have all of them.
 const MAX_WARNINGS: u32 = 100;
@@ -206,8 +207,8 @@ impl Thread {
     pub fn write_output(&mut self, ticks: u64) {
         let start = now();
         loop {
-            // The port first: a line that is taken out is printed.
-            let printed = serial::LOG.try_with(|port| self.vm.print_line(port));
+            // The console first: a line that is taken out is printed.
+            let printed = console::try_with(|console| self.vm.print_line(console));
             let progress = self.ring.write_one() || printed == Some(true);
             if !progress || now().wrapping_sub(start) >= ticks {
                 return;
@@ -524,7 +525,7 @@ impl Host for Running<'_> {
 
     #[inline(always)]
     fn on_ac(&mut self, report: &AcReport) {
-        self.thread.counters.split_locks.count(report.verdict);
+        self.thread.counters.split_locks.count(report.verdict, report.context.legacy());
         self.thread.push(self.cpu.shared, Event::Ac(*report));
         if let Verdict::Warn { first: true, .. } | Verdict::Step { first: true } = report.verdict {
             self.warn(report);
@@ -563,10 +564,7 @@ impl Host for Running<'_> {
         self.cpu.interrupt(vector);
     }
 
-    fn machine_check(&mut self) {
-        panic!(
-            "machine check on CPU {} while VM {} ran",
-            self.cpu.shared.index, self.thread.vm.name
-        );
+    fn machine_check(&mut self) -> bool {
+        mca::in_guest(self.cpu.shared, self.thread.vm.name)
     }
 }

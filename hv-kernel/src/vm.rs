@@ -25,6 +25,7 @@ use vmx::vcpu::{Origin, Vcpu, VcpuConfig};
 use vmx::world::register;
 
 use crate::config::{Placement, PlacementError, VmConfig};
+use crate::console::Console;
 use crate::counters::Counters;
 use crate::devices::Devices;
 use crate::events::Ring;
@@ -309,15 +310,15 @@ impl Vm {
     }
 
     /// Prints the next line of output that waits; false if there is none.
-    pub fn print_line(&self, port: &mut dyn fmt::Write) -> bool {
+    pub fn print_line(&self, console: &mut Console) -> bool {
         let mut devices = self.devices.lock();
         let line = devices.next_line();
         self.has_lines.store(devices.has_lines(), Ordering::Relaxed);
         drop(devices);
         let Some(line) = line else { return false };
-        // What is kept of a line is ASCII, and a port takes everything.
-        let text = core::str::from_utf8(&line).unwrap_or("");
-        write!(port, "[{}] {text}\r\n", self.name).is_ok()
+        // What is kept of a line is ASCII.
+        console.guest(self.name, core::str::from_utf8(&line).unwrap_or(""));
+        true
     }
 
     /// Whether it is over.

@@ -4,6 +4,7 @@ pub mod apic;
 pub mod cpu;
 pub mod exceptions;
 pub mod idle;
+pub mod mca;
 pub mod msr;
 pub mod segments;
 pub mod stack;

@@ -118,6 +118,23 @@ const EPT_VPID: [(u64, &str); 7] = [
     (1 << 32 | 1 << 41, "INVVPID single-context"),
 ];
 
+/// IA32_VMX_BASIC: revision, size and memory type of a VMCS, "true" controls.
+const BASIC_USED: u64 = 0x7fff_ffff | 0x1fff << 32 | 0xf << 50 | 1 << 55;
+/// IA32_VMX_MISC: the preemption timer's rate, the activity states.
+const MISC_USED: u64 = 0x1f | 7 << 6;
+/// IA32_VMX_EPT_VPID_CAP: besides what is needed, 1-GiB pages, accessed and dirty flags.
+const EPT_VPID_USED: u64 = {
+    let (mut used, mut index) = (1 << 17 | 1 << 21, 0);
+    while index < EPT_VPID.len() {
+        used |= EPT_VPID[index].0;
+        index += 1;
+    }
+    used
+};
+/// Bits of CR4 that the hypervisor or a guest sets: VME to OSXMMEXCPT, UMIP, LA57, VMXE, FSGSBASE,
+/// PCIDE, OSXSAVE, SMEP, SMAP.
+const CR4_USED: u64 = 0x7ff | 1 << 11 | 1 << 12 | 1 << 13 | 7 << 16 | 3 << 20;
+
 impl Capabilities {
     /// Reads the MSRs through `read`.
     ///
@@ -174,6 +191,35 @@ impl Capabilities {
     /// The preemption timer counts down by one each 2^N TSC ticks: this N.
     pub const fn preemption_timer_shift(&self) -> u32 {
         self.misc as u32 & 0x1f
+    }
+
+    /// The MSR in which this CPU differs from another one, if a vCPU cannot move between them for it.
+    ///
+    /// Only what this hypervisor uses counts: the cores of a hybrid CPU differ in what it does not.
+    pub fn differs_from(&self, other: &Self) -> Option<u32> {
+        let controls = |of: fn(&Self) -> Allowed, used: u32| {
+            let both = [of(self), of(other)];
+            both[0].adjust(used) != both[1].adjust(used)
+        };
+        let primary = (PRIMARY | PRIMARY_AT_TIMES).bits();
+        let secondary = (SECONDARY | SECONDARY_OPTIONAL).bits();
+        let fixed = |of: fn(&Self) -> u64, used: u64| (of(self) ^ of(other)) & used != 0;
+        [
+            (msr::BASIC, fixed(|caps| caps.basic, BASIC_USED)),
+            (msr::PINBASED, controls(|caps| caps.pin, PIN.bits())),
+            (msr::PROCBASED, controls(|caps| caps.primary, primary)),
+            (msr::PROCBASED2, controls(|caps| caps.secondary, secondary)),
+            (msr::EXIT, controls(|caps| caps.exit, EXIT.bits())),
+            (msr::ENTRY, controls(|caps| caps.entry, ENTRY.bits())),
+            (msr::MISC, fixed(|caps| caps.misc, MISC_USED)),
+            (msr::EPT_VPID, fixed(|caps| caps.ept_vpid, EPT_VPID_USED)),
+            (msr::CR0_FIXED0, fixed(|caps| caps.cr0_fixed0, u64::MAX)),
+            (msr::CR0_FIXED1, fixed(|caps| caps.cr0_fixed1, u64::MAX)),
+            (msr::CR4_FIXED0, fixed(|caps| caps.cr4_fixed0, u64::MAX)),
+            (msr::CR4_FIXED1, fixed(|caps| caps.cr4_fixed1, CR4_USED)),
+        ]
+        .into_iter()
+        .find_map(|(number, differs)| differs.then_some(number))
     }
 
     /// Everything that this hypervisor needs and this CPU lacks. Displays as a list of names,
@@ -256,6 +302,36 @@ mod tests {
         assert!(caps.missing().is_empty());
         assert_eq!(caps.missing().to_string(), "nothing");
         assert_eq!(caps.revision(), 0x12);
+    }
+
+    #[test]
+    fn only_what_is_used_keeps_a_vcpu_from_moving() {
+        let caps = Capabilities::read(all).unwrap();
+        assert_eq!(caps.differs_from(&caps), None);
+        let changed = |change: fn(&mut Capabilities)| {
+            let mut other = caps;
+            change(&mut other);
+            let differs = other.differs_from(&caps);
+            assert_eq!(differs, caps.differs_from(&other));
+            differs
+        };
+        // As cores of a hybrid CPU do: Intel PT in VMX, user wait, mode-based execution, PML, more
+        // CR3-target values, INVVPID of single addresses, protection keys.
+        assert_eq!(changed(|caps| caps.misc ^= 1 << 14 | 4 << 16), None);
+        assert_eq!(changed(|caps| caps.secondary.0 ^= 0x0442_0000 << 32), None);
+        assert_eq!(changed(|caps| caps.ept_vpid ^= 1 << 40 | 1 << 8), None);
+        assert_eq!(changed(|caps| caps.cr4_fixed1 ^= 1 << 22 | 1 << 24), None);
+        assert_eq!(changed(|caps| caps.basic ^= 1 << 54 | 1 << 56), None);
+        // What counts.
+        assert_eq!(changed(|caps| caps.basic ^= 1), Some(0x480));
+        assert_eq!(changed(|caps| caps.pin.0 ^= 1 << 1), Some(0x481));
+        assert_eq!(changed(|caps| caps.primary.0 ^= 1 << 63), Some(0x482));
+        // An optional one that a fresh VMCS would have.
+        assert_eq!(changed(|caps| caps.secondary.0 ^= 1 << 42), Some(0x48b));
+        assert_eq!(changed(|caps| caps.misc ^= 1), Some(0x485));
+        assert_eq!(changed(|caps| caps.ept_vpid ^= 1 << 21), Some(0x48c));
+        assert_eq!(changed(|caps| caps.cr0_fixed0 ^= 1 << 5), Some(0x486));
+        assert_eq!(changed(|caps| caps.cr4_fixed1 ^= 1 << 20), Some(0x489));
     }
 
     #[test]

@@ -251,6 +251,38 @@ impl CpuidTable {
         table
     }
 
+    /// The leaf in which what another CPU offers a guest differs, if a guest could find out to its
+    /// harm: features, the layout of extended state, the width of addresses, family and model.
+    ///
+    /// A guest is told what its first CPU says, wherever it runs. What describes a CPU and lets nobody
+    /// do anything does not count: caches, frequencies, names, the stepping. The cores of a hybrid
+    /// CPU differ in that.
+    pub fn differs_from(&self, other: &Self) -> Option<u32> {
+        /// Basic and extended leaves that only describe: 2, 4, 0x15, 0x16; names, caches.
+        const BASIC: u32 = bits(&[2, 4, 0x15, 0x16]);
+        const EXTENDED: u32 = bits(&[2, 3, 4, 6]);
+        let row = |leaf, mut row: CpuIdResult| {
+            if leaf == 1 {
+                // The stepping.
+                row.eax &= !0xf;
+            }
+            row
+        };
+        let differs = |mine: &[CpuIdResult], others: &[CpuIdResult], descriptive: u32| {
+            let rows = (0..).zip(mine.iter().zip(others));
+            let mut rows = rows.filter(|(leaf, _)| descriptive & 1 << leaf == 0);
+            let found = rows.find(|(leaf, (one, two))| row(*leaf, **one) != row(*leaf, **two));
+            found.map(|(leaf, _)| leaf)
+        };
+        let basic = differs(&self.basic, &other.basic, BASIC);
+        let extended = || {
+            let leaf = differs(&self.extended, &other.extended, EXTENDED);
+            leaf.map(|leaf| leaf | 0x8000_0000)
+        };
+        let xstate = || (self.xstate != other.xstate).then_some(0xd);
+        basic.or_else(extended).or_else(xstate)
+    }
+
     fn remove(&mut self, (leaf, ebx, ecx, edx): (u32, u32, u32, u32)) {
         let rows = if leaf >> 31 == 0 { &mut self.basic[..] } else { &mut self.extended[..] };
         let row = &mut rows[leaf as usize & 0xff];
@@ -367,6 +399,78 @@ mod tests {
         Offer { sld_exposed: true, rdtscp: true, invpcid: true, apic_id: 0, vcpus: 1 };
     const NOTHING_OFFERED: Offer =
         Offer { sld_exposed: false, rdtscp: false, invpcid: false, ..ALL_OFFERED };
+
+    /// A core of a CPU like Alder Lake.
+    #[derive(Clone)]
+    struct HybridCore {
+        efficient: bool,
+        /// A leaf, and what is different there.
+        odd: Option<(u32, CpuIdResult)>,
+    }
+
+    impl CpuIdReader for HybridCore {
+        fn cpuid2(&self, leaf: u32, subleaf: u32) -> CpuIdResult {
+            let plain = |eax, ebx, ecx, edx| CpuIdResult { eax, ebx, ecx, edx };
+            let by_core = |performance, efficient| {
+                if self.efficient { efficient } else { performance }
+            };
+            let answer = match (leaf, subleaf) {
+                (0, _) => plain(0x20, 0x756e_6547, 0x6c65_746e, 0x4965_6e69),
+                (1, _) => plain(0x9_0672, 0x80_0800, 0x7ffa_fbff, 0xbfeb_fbff),
+                (2, _) => plain(by_core(0x00fe_ff01, 0x00fe_ff02), 0xf0, 0, 0),
+                (4, 0) => plain(0x1c00_4121, by_core(0x2c0_003f, 0x1c0_003f), 0x3f, 0),
+                (4, 2) => plain(0x1c00_4143, by_core(0x240_003f, 0x3c0_003f), 0x7ff, 0),
+                // Leaf 7: what guests do not see differs, Intel PT's neighbours and RTM among it.
+                (7, 0) => plain(2, by_core(0x239c_2feb, 0x239c_27eb), 0x9840_07ac, 0xfc1c_c410),
+                (0xa, _) => plain(by_core(0x0830_0805, 0x0630_0605), 0, 0, 0x8603),
+                (0xd, 0) => plain(7, 0x340, 0x340, 0),
+                (0xd, 1) => plain(0xf, 0x340, 0, 0),
+                (0xd, 2) => plain(0x100, 0x240, 0, 0),
+                (0x16, _) => plain(by_core(3200, 2400), by_core(5200, 3900), 100, 0),
+                (0x1a, _) => plain(by_core(0x4000_0001, 0x2000_0001), 0, 0, 0),
+                (0x8000_0000, _) => plain(0x8000_0008, 0, 0, 0),
+                (0x8000_0001, _) => plain(0, 0, 0x121, 0x2c10_0800),
+                (0x8000_0006, _) => plain(0, 0, by_core(0x0500_6040, 0x0800_6040), 0),
+                (0x8000_0007, _) => plain(0, 0, 0, 0x100),
+                (0x8000_0008, _) => plain(0x302e, 0, 0, 0),
+                _ => ZERO,
+            };
+            match self.odd {
+                Some((at, odd)) if (at, 0) == (leaf, subleaf) => plain(
+                    answer.eax ^ odd.eax,
+                    answer.ebx ^ odd.ebx,
+                    answer.ecx ^ odd.ecx,
+                    answer.edx ^ odd.edx,
+                ),
+                _ => answer,
+            }
+        }
+    }
+
+    #[test]
+    fn the_cores_of_a_hybrid_cpu_can_run_the_same_guests() {
+        let table = |efficient, odd| CpuidTable::new(&HybridCore { efficient, odd }, ALL_OFFERED);
+        let performance = table(false, None);
+        assert_ne!(table(true, None), performance);
+        assert_eq!(table(true, None).differs_from(&performance), None);
+        assert_eq!(performance.differs_from(&table(true, None)), None);
+        let odd = |leaf, eax, ebx, ecx, edx| {
+            let odd = Some((leaf, CpuIdResult { eax, ebx, ecx, edx }));
+            let differs = table(true, odd).differs_from(&performance);
+            assert_eq!(performance.differs_from(&table(true, odd)), differs);
+            differs
+        };
+        // AVX-512 on one kind only (the first of them had it), FMA, NX, the width of addresses, another
+        // model, extended state.
+        assert_eq!(odd(7, 0, 1 << 5, 0, 0), Some(7));
+        assert_eq!(odd(1, 0, 0, 1 << 12, 0), Some(1));
+        assert_eq!(odd(0x8000_0001, 0, 0, 0, 1 << 20), Some(0x8000_0001));
+        assert_eq!(odd(0x8000_0008, 0xf, 0, 0, 0), Some(0x8000_0008));
+        assert_eq!(odd(1, 1 << 4, 0, 0, 0), Some(1));
+        assert_eq!(odd(0xd, 4, 0, 0, 0), Some(1));
+        // Another stepping.
+        assert_eq!(odd(1, 1, 0, 0, 0), None);
+    }
 
     #[test]
     fn vmx_and_what_is_not_virtualized_stay_hidden() {

@@ -89,8 +89,8 @@ pub trait Host {
     fn nmi(&mut self);
     /// An external interrupt came while the guest ran; it is acknowledged.
     fn interrupt(&mut self, vector: u8);
-    /// A machine check came while the guest ran.
-    fn machine_check(&mut self);
+    /// A machine check came while the guest ran. Whether the guest can go on.
+    fn machine_check(&mut self) -> bool;
 }
 
 /// What comes of an OUT.
@@ -209,6 +209,8 @@ pub enum End {
     EntryFailed(VmFail),
     /// MSR 0x33, which worked at boot, faulted.
     PlatformFault,
+    /// The hardware failed in a way that this guest cannot go on from.
+    MachineCheck,
 }
 
 impl fmt::Display for End {
@@ -222,6 +224,7 @@ impl fmt::Display for End {
             Self::Unhandled(reason) => write!(f, "unhandled exit: {reason}"),
             Self::EntryFailed(fail) => write!(f, "entry failure: {fail}"),
             Self::PlatformFault => f.write_str("MSR 0x33 faulted"),
+            Self::MachineCheck => f.write_str("machine check"),
         }
     }
 }
@@ -499,7 +502,9 @@ impl Loaded<'_> {
             return End::InvalidState;
         }
         if reason == BasicReason::MACHINE_CHECK_DURING_ENTRY {
+            // Whatever the banks say: it cannot be told how much of the guest's state was loaded.
             host.machine_check();
+            return End::MachineCheck;
         }
         End::Unhandled(reason)
     }
@@ -790,8 +795,11 @@ impl Loaded<'_> {
             (_, vector::AC) => self.alignment_check(host, info)?,
             (_, vector::DB) => self.debug_exception(info),
             (_, vector::MC) => {
-                host.machine_check();
-                self.requeue()
+                if !host.machine_check() {
+                    return Err(End::MachineCheck.into());
+                }
+                self.restore_nmi_blocking(info.nmi_unblocked_by_iret());
+                self.requeue();
             }
             _ => return Err(End::Unhandled(BasicReason::EXCEPTION_OR_NMI).into()),
         }

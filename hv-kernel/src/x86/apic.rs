@@ -8,6 +8,7 @@ use core::arch::x86_64::__cpuid;
 use vmx::addr::HostPhysAddr;
 
 use super::msr;
+use crate::firmware::{self, APIC_X2APIC};
 use crate::memory;
 
 /// The vector of the timer.
@@ -19,10 +20,6 @@ pub const SPURIOUS_VECTOR: u8 = 0xff;
 const APIC_BASE: u32 = 0x1b;
 /// IA32_TSC_DEADLINE.
 const TSC_DEADLINE: u32 = 0x6e0;
-/// IA32_APIC_BASE: the APIC is on.
-const BASE_ENABLED: u64 = 1 << 11;
-/// IA32_APIC_BASE: x2APIC mode.
-const BASE_X2APIC: u64 = 1 << 10;
 /// IA32_APIC_BASE: the address.
 const BASE_ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 /// MSR of register 0 in x2APIC mode; a register's MSR is its offset in memory divided by 16 higher.
@@ -31,6 +28,8 @@ const X2APIC_BASE: u32 = 0x800;
 /// Registers, by their offset in memory.
 mod register {
     pub const ID: u32 = 0x20;
+    pub const VERSION: u32 = 0x30;
+    pub const TPR: u32 = 0x80;
     pub const EOI: u32 = 0xb0;
     pub const SVR: u32 = 0xf0;
     pub const ICR: u32 = 0x300;
@@ -38,6 +37,8 @@ mod register {
     pub const LVT_TIMER: u32 = 0x320;
     /// Thermal sensor, performance counters, LINT0, errors. LINT1 is NMI, which is always taken.
     pub const LVT_OTHERS: [u32; 4] = [0x330, 0x340, 0x350, 0x370];
+    /// Corrected machine checks: there, if there are seven entries.
+    pub const LVT_CMCI: u32 = 0x2f0;
 }
 
 /// CPUID.1:ECX: x2APIC mode.
@@ -101,7 +102,7 @@ impl LocalApic {
         // SAFETY: every x86-64 CPU with VMX has this MSR.
         let base = unsafe { msr::read(APIC_BASE) }.unwrap_or(0);
         let access =
-            if base & BASE_X2APIC != 0 { Access::Msr } else { Access::Memory(base & BASE_ADDRESS) };
+            if base & APIC_X2APIC != 0 { Access::Msr } else { Access::Memory(base & BASE_ADDRESS) };
         Self { access, has_deadline: features & HAS_DEADLINE != 0 }
     }
 
@@ -110,20 +111,20 @@ impl LocalApic {
         let features = __cpuid(1).ecx;
         // SAFETY: every x86-64 CPU with VMX has this MSR.
         let base = unsafe { msr::read(APIC_BASE) }.unwrap_or(0xfee0_0000);
-        let x2apic = features & HAS_X2APIC != 0;
-        let mode = if x2apic { BASE_ENABLED | BASE_X2APIC } else { BASE_ENABLED };
-        if base & mode != mode {
-            // From off, x2APIC mode is reached through xAPIC mode: section "x2APIC State
-            // Transitions".
+        for value in firmware::apic_steps(base, features & HAS_X2APIC != 0).into_iter().flatten() {
             // SAFETY: switches the APIC on; nothing relies on it yet.
             unsafe {
-                let _ = msr::write(APIC_BASE, base | BASE_ENABLED);
-                let _ = msr::write(APIC_BASE, base | mode);
+                let _ = msr::write(APIC_BASE, value);
             }
         }
         let apic = Self::current();
         apic.write(register::SVR, SVR_ENABLED | u32::from(SPURIOUS_VECTOR));
+        // Nothing is held back.
+        apic.write(register::TPR, 0);
         register::LVT_OTHERS.into_iter().for_each(|entry| apic.write(entry, LVT_MASKED));
+        if apic.read(register::VERSION) >> 16 & 0xff >= 6 {
+            apic.write(register::LVT_CMCI, LVT_MASKED);
+        }
         apic.write(
             register::LVT_TIMER,
             u32::from(TIMER_VECTOR) | if apic.has_deadline { LVT_TSC_DEADLINE } else { LVT_MASKED },
@@ -157,6 +158,12 @@ impl LocalApic {
     pub fn id(self) -> u32 {
         let id = self.read(register::ID);
         if matches!(self.access, Access::Msr) { id } else { id >> 24 }
+    }
+
+    /// Whether a CPU with this APIC ID can be reached: memory-mapped registers have 8 bits for it, of
+    /// which all ones mean everybody.
+    pub const fn reaches(self, target: u32) -> bool {
+        matches!(self.access, Access::Msr) || target < 0xff
     }
 
     /// Sends an interprocessor interrupt to the CPU with this APIC ID. What was written before can

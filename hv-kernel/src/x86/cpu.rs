@@ -1,5 +1,7 @@
 //! One CPU: its control registers, VMX operation, and what the scheduler keeps for it.
 
+use core::arch::asm;
+use core::arch::x86_64::{__cpuid, __cpuid_count};
 use core::fmt;
 
 use vmx::addr::HostPhysAddr;
@@ -7,19 +9,26 @@ use vmx::capability::{self, Capabilities};
 use vmx::instruction::{VmFail, vmxoff, vmxon};
 use vmx::msr_policy::msr::PAT;
 use vmx::vcpu::HostState;
+use x86_64::VirtAddr;
+use x86_64::instructions::interrupts;
 use x86_64::instructions::port::Port;
-use x86_64::registers::control::{Cr0, Cr0Flags, Cr3, Cr4, Cr4Flags};
+use x86_64::instructions::tlb;
+use x86_64::registers::control::{Cr0, Cr3, Cr4, Cr4Flags};
 use x86_64::registers::model_specific::{Efer, GsBase, Msr};
 use x86_64::registers::segmentation::SegmentSelector;
 
 use super::{exceptions, msr, segments::Segments};
+use crate::firmware::{self, VmxLock};
 use crate::memory;
+use crate::mtrr::Mtrrs;
 use crate::percpu::PerCpu;
 
-/// IA32_FEATURE_CONTROL: the value is locked until reset.
-const FEATURE_CONTROL_LOCK: u64 = 1 << 0;
-/// IA32_FEATURE_CONTROL: VMXON is allowed outside SMX operation.
-const FEATURE_CONTROL_VMXON: u64 = 1 << 2;
+/// IA32_MISC_ENABLE.
+const MISC_ENABLE: u32 = 0x1a0;
+/// IA32_TSC_ADJUST.
+const TSC_ADJUST: u32 = 0x3b;
+/// IA32_DEBUGCTL.
+const DEBUGCTL: u32 = 0x1d9;
 
 /// Why this CPU cannot run guests. The platform's fault, and something a person can act upon.
 #[derive(Debug, Clone, Copy)]
@@ -28,6 +37,8 @@ pub enum NoVmx {
     Absent,
     /// IA32_FEATURE_CONTROL is locked without VMX.
     DisabledByFirmware,
+    /// IA32_FEATURE_CONTROL is locked with VMX for TXT only.
+    OnlyInSmx,
     /// A VMX capability MSR cannot be read.
     Unreadable(u32),
     /// Needed features are missing.
@@ -47,7 +58,14 @@ impl fmt::Display for NoVmx {
             ),
             Self::DisabledByFirmware => f.write_str(
                 "VT-x is disabled: IA32_FEATURE_CONTROL is locked without VMX. Enable \
-                 \"Intel Virtualization Technology\" (VT-x, VMX) in the firmware setup",
+                 \"Intel Virtualization Technology\" (VT-x, VMX) in the firmware setup, and switch \
+                 the machine off and on",
+            ),
+            Self::OnlyInSmx => f.write_str(
+                "VT-x is kept for Intel TXT: IA32_FEATURE_CONTROL is locked with VMX in SMX \
+                 operation only. Disable \"Intel TXT\" (Trusted Execution), or enable \"Intel \
+                 Virtualization Technology\" (VT-x, VMX) as well, in the firmware setup, and switch \
+                 the machine off and on",
             ),
             Self::Unreadable(number) => write!(f, "VMX capability MSR {number:#x} cannot be read"),
             Self::Lacks(caps) => write!(f, "this CPU's VT-x lacks: {}", caps.missing()),
@@ -75,30 +93,117 @@ pub fn mask_legacy_interrupts() {
     }
 }
 
-/// Brings this CPU's tables and control registers into the state that the hypervisor runs in;
-/// `None` without memory.
+/// The very first on the boot CPU: from here on a fault tells of itself, and MSRs that do not exist
+/// can be asked for.
+pub fn begin() {
+    interrupts::disable();
+    // Firmware may have used it; here 0 means that the CPU has no data yet.
+    GsBase::write(VirtAddr::zero());
+    exceptions::load_early();
+    lift_cpuid_limit();
+    // Before the framebuffer is written, which the loader maps by an entry that changes.
+    // SAFETY: interrupts are off, and so is PGE from here on; nothing else is mapped by it.
+    unsafe {
+        Cr4::update(|cr4| cr4.remove(Cr4Flags::PAGE_GLOBAL));
+        set_pat();
+    }
+}
+
+/// A setting for an operating system of 1996 hides most of CPUID.
+fn lift_cpuid_limit() {
+    // SAFETY: reading has no side effect, and all of CPUID is expected to be there.
+    unsafe {
+        if let Ok(misc) = msr::read(MISC_ENABLE)
+            && misc & firmware::MISC_LIMIT_CPUID != 0
+        {
+            let _ = msr::write(MISC_ENABLE, misc & !firmware::MISC_LIMIT_CPUID);
+        }
+    }
+}
+
+/// This CPU's MTRRs; `None` without them, or if they cannot be read.
+pub fn mtrrs() -> Option<Mtrrs> {
+    let has_mtrrs = __cpuid(1).edx & 1 << 12 != 0;
+    let width =
+        if __cpuid(0x8000_0000).eax >= 0x8000_0008 { __cpuid(0x8000_0008).eax & 0xff } else { 36 };
+    // SAFETY: reading them has no side effect.
+    has_mtrrs.then(|| Mtrrs::read(width, |number| unsafe { msr::read(number) }.ok()))?
+}
+
+/// Brings this CPU's tables and registers into the state that the hypervisor runs in, whatever the
+/// firmware has left; `None` without memory.
 pub fn initialize() -> Option<(Segments, u64)> {
     let segments = Segments::load()?;
     let idt = exceptions::load(segments.cs);
-    let has_xsave = core::arch::x86_64::__cpuid(1).ecx & 1 << 26 != 0;
+    lift_cpuid_limit();
+    let has_xsave = __cpuid(1).ecx & 1 << 26 != 0;
     // SAFETY: kernel text is read-only and never written (WP); there is an x87 and SSE2 on every
-    // x86-64 CPU; a #MC handler is in place (MCE).
+    // x86-64 CPU; a #MC handler is in place (MCE); paging stays as it is (LA57, NXE). CET goes
+    // before CR0 is written, which it would hold WP in.
     unsafe {
-        Cr0::update(|cr0| {
-            cr0.remove(Cr0Flags::EMULATE_COPROCESSOR | Cr0Flags::TASK_SWITCHED);
-            cr0.remove(Cr0Flags::CACHE_DISABLE | Cr0Flags::NOT_WRITE_THROUGH);
-            cr0.insert(Cr0Flags::WRITE_PROTECT | Cr0Flags::NUMERIC_ERROR);
-            cr0.insert(Cr0Flags::MONITOR_COPROCESSOR);
-        });
-        Cr4::update(|cr4| {
-            cr4.insert(Cr4Flags::OSFXSR | Cr4Flags::OSXMMEXCPT_ENABLE);
-            cr4.insert(Cr4Flags::MACHINE_CHECK_EXCEPTION);
-            if has_xsave {
-                cr4.insert(Cr4Flags::OSXSAVE);
-            }
-        });
+        Cr4::write_raw(firmware::cr4(Cr4::read_raw(), has_xsave));
+        Cr0::write_raw(firmware::CR0);
+        Efer::write_raw(firmware::EFER);
+        asm!("mov dr7, {}", in(reg) firmware::DR7, options(nomem, nostack, preserves_flags));
+        let _ = msr::write(DEBUGCTL, 0);
+        set_pat();
     }
     Some((segments, idt))
+}
+
+/// Sets IA32_PAT as all CPUs have it: SDM volume 3, section "Programming the PAT", which wants what
+/// MTRRs want (section "MTRR Considerations in MP Systems").
+///
+/// # Safety
+///
+/// Interrupts are off, as is CR4.PGE; nothing is mapped by an entry that changes, unless it is for
+/// the new type.
+unsafe fn set_pat() {
+    // SAFETY: PAT exists on every x86-64 CPU; no memory changes its type while a cache or the TLB
+    // knows of the old one, as the caches are off and empty when it is written.
+    unsafe {
+        if msr::read(PAT) == Ok(firmware::PAT) {
+            return;
+        }
+        Cr0::write_raw(firmware::CR0 | firmware::CR0_CD);
+        wbinvd();
+        tlb::flush_all();
+        let _ = msr::write(PAT, firmware::PAT);
+        wbinvd();
+        tlb::flush_all();
+        Cr0::write_raw(firmware::CR0);
+    }
+}
+
+/// Writes all caches of this CPU back and empties them.
+fn wbinvd() {
+    // SAFETY: it takes time and does nothing else; the hypervisor runs at CPL 0.
+    unsafe { asm!("wbinvd", options(nostack, preserves_flags)) };
+}
+
+/// IA32_TSC_ADJUST, by which firmware may have put this CPU's time-stamp counter off the others'.
+pub fn tsc_adjust() -> Option<u64> {
+    let has_adjust = __cpuid(0).eax >= 7 && __cpuid_count(7, 0).ebx & 1 << 1 != 0;
+    // SAFETY: reading it has no side effect.
+    has_adjust.then(|| unsafe { msr::read(TSC_ADJUST) }.ok())?
+}
+
+/// Makes it what the boot CPU has: times are compared between CPUs.
+pub fn set_tsc_adjust(wanted: Option<u64>) {
+    if let (Some(found), Some(wanted)) = (tsc_adjust(), wanted)
+        && found != wanted
+    {
+        log::warn!("a time-stamp counter was {:#x} off", found.wrapping_sub(wanted));
+        // SAFETY: nobody has looked at this CPU's clock yet.
+        unsafe {
+            let _ = msr::write(TSC_ADJUST, wanted);
+        }
+    }
+}
+
+/// Whether CPUID announces IA32_CORE_CAPABILITIES.
+pub fn announces_core_capabilities() -> bool {
+    __cpuid(0).eax >= 7 && __cpuid_count(7, 0).edx & sld::CPUID_CORE_CAPABILITIES != 0
 }
 
 /// Enters VMX operation on this CPU.
@@ -107,18 +212,19 @@ pub fn initialize() -> Option<(Segments, u64)> {
 ///
 /// [`NoVmx`].
 pub fn enter_vmx(cpu: &'static PerCpu, segments: &Segments, idt_base: u64) -> Result<Vmx, NoVmx> {
-    if core::arch::x86_64::__cpuid(1).ecx & 1 << 5 == 0 {
+    if __cpuid(1).ecx & 1 << 5 == 0 {
         return Err(NoVmx::Absent);
     }
     let number = capability::msr::FEATURE_CONTROL;
     // SAFETY: reading has no side effect; writing locks VMX on, which is what it is for.
     unsafe {
-        let control = msr::read(number).map_err(|_| NoVmx::Unreadable(number))?;
-        if control & FEATURE_CONTROL_LOCK == 0 {
-            let on = control | FEATURE_CONTROL_LOCK | FEATURE_CONTROL_VMXON;
-            msr::write(number, on).map_err(|_| NoVmx::DisabledByFirmware)?;
-        } else if control & FEATURE_CONTROL_VMXON == 0 {
-            return Err(NoVmx::DisabledByFirmware);
+        match VmxLock::of(msr::read(number).map_err(|_| NoVmx::Unreadable(number))?) {
+            VmxLock::On => {}
+            VmxLock::Open(on) => {
+                msr::write(number, on).map_err(|_| NoVmx::DisabledByFirmware)?;
+            }
+            VmxLock::Off => return Err(NoVmx::DisabledByFirmware),
+            VmxLock::OnlyInSmx => return Err(NoVmx::OnlyInSmx),
         }
     }
     // SAFETY: capability MSRs have no side effect.

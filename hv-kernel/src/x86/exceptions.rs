@@ -7,12 +7,12 @@ use spin::Once;
 use x86_64::VirtAddr;
 use x86_64::instructions::tables::lidt;
 use x86_64::registers::control::Cr2;
-use x86_64::registers::segmentation::SegmentSelector;
+use x86_64::registers::segmentation::{CS, Segment, SegmentSelector};
 use x86_64::structures::DescriptorTablePointer;
 
 use super::apic::{self, LocalApic};
 use super::segments::ist;
-use super::{idle, msr};
+use super::{idle, mca, msr};
 use crate::{panic, percpu};
 
 /// What the stubs leave on the stack.
@@ -159,6 +159,18 @@ impl Gate {
     }
 }
 
+/// Loads an IDT for the time before there is memory: no stacks of its own, and what is not expected
+/// is a panic. Nothing here uses the red zone, and what of `core` does calls nothing that may fault.
+pub fn load_early() {
+    static IDT: Once<[Gate; STUBS.len()]> = Once::new();
+    let idt = IDT
+        .call_once(|| STUBS.map(|(stub, _)| Gate { ist: 0, ..Gate::new(stub, CS::get_reg(), 0) }));
+    let base = VirtAddr::from_ptr(idt);
+    // SAFETY: the table lives for ever and its gates lead to the stubs; CS stays what it is until
+    // the next table is loaded with another one.
+    unsafe { lidt(&DescriptorTablePointer { limit: size_of_val(idt) as u16 - 1, base }) };
+}
+
 /// Loads the IDT, the same on all CPUs, and returns its linear address.
 pub fn load(cs: SegmentSelector) -> u64 {
     static IDT: Once<&'static [Gate; 256]> = Once::new();
@@ -214,7 +226,7 @@ pub fn unblock_nmis() {
     }
 }
 
-/// An NMI, wherever it was taken.
+/// An NMI, wherever it was taken. Who sent it is not known here: [`percpu::PerCpu::on_nmi`] judges.
 pub fn on_nmi() {
     if panic::is_panicking() {
         percpu::stop();
@@ -230,6 +242,10 @@ extern "C" fn handle(frame: &mut Frame) {
         2 => {
             on_nmi();
             frame.rip = idle::woken(frame.rip);
+            return;
+        }
+        18 => {
+            mca::in_hypervisor();
             return;
         }
         13 => {

@@ -2,12 +2,14 @@
 
 use core::sync::atomic::{AtomicU64, Ordering};
 
-use x86_64::registers::control::Cr3;
+use vmx::addr::HostPhysAddr;
+use x86_64::registers::control::{Cr3, Cr4};
 use x86_64::structures::paging::{
     FrameAllocator, Mapper, OffsetPageTable, Page, PageTable, PageTableFlags, PhysFrame, Size4KiB,
 };
 use x86_64::{PhysAddr, VirtAddr};
 
+use crate::firmware::CR4_LA57;
 use crate::frames::FRAME;
 use crate::memory::{self, DIRECT_MAP};
 
@@ -27,16 +29,28 @@ unsafe impl FrameAllocator<Size4KiB> for Frames {
     }
 }
 
+/// The fourth-level table of the highest part of the address space: the root, or what its last entry
+/// leads to where the loader runs with five levels.
+fn fourth_level() -> *mut PageTable {
+    let table = |address: PhysAddr| {
+        memory::to_virtual::<PageTable>(HostPhysAddr::new_truncate(address.as_u64()))
+    };
+    let root = table(Cr3::read_raw().0.start_address());
+    if Cr4::read_raw() & CR4_LA57 == 0 {
+        return root;
+    }
+    // SAFETY: the root is in the direct map, as is the kernel's part, which is in use.
+    table(unsafe { (&(*root))[511].addr() })
+}
+
 /// A new stack of so many bytes, a multiple of the page size: the address above it. `None` without
 /// memory. CPUs come online one after the other, so one at a time calls this.
 pub fn allocate(bytes: u64) -> Option<VirtAddr> {
     let guard = NEXT.fetch_add(FRAME + bytes, Ordering::Relaxed);
-    let root = memory::to_virtual::<PageTable>(vmx::addr::HostPhysAddr::new_truncate(
-        Cr3::read_raw().0.start_address().as_u64(),
-    ));
     // SAFETY: (1) all page tables are in the direct map; (2) nothing else holds a reference to
     // them: this is the only place that changes them, and one CPU at a time is here.
-    let mut tables = unsafe { OffsetPageTable::new(&mut *root, VirtAddr::new(DIRECT_MAP)) };
+    let mut tables =
+        unsafe { OffsetPageTable::new(&mut *fourth_level(), VirtAddr::new(DIRECT_MAP)) };
     let flags = PageTableFlags::PRESENT | PageTableFlags::WRITABLE | PageTableFlags::NO_EXECUTE;
     let bottom = guard + FRAME;
     for address in (bottom..bottom + bytes).step_by(FRAME as usize) {

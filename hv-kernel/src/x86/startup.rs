@@ -6,9 +6,10 @@ use core::arch::global_asm;
 use vmx::addr::HostPhysAddr;
 use vmx::instruction::now;
 use x86_64::VirtAddr;
-use x86_64::registers::control::Cr3;
+use x86_64::registers::control::{Cr3, Cr4};
 
 use super::apic::{Ipi, LocalApic};
+use crate::firmware::CR4_LA57;
 use crate::memory;
 
 global_asm!(include_str!("startup.s"), options(att_syntax));
@@ -17,6 +18,7 @@ unsafe extern "C" {
     static startup_begin: [u8; 0];
     static startup_end: [u8; 0];
     static startup_root: u32;
+    static startup_cr4: u32;
     static startup_far: u32;
     static startup_gdt: u64;
     static startup_gdt_pointer: u16;
@@ -36,10 +38,13 @@ const PRESENT_WRITABLE: u64 = 3;
 /// A leaf of 2 MiB.
 const LARGE: u64 = 1 << 7;
 
+/// Tables that a page of 2 MiB takes: one a level, five at most. With four levels one is left over.
+const MAX_TABLES: usize = 4;
+
 /// The page where CPUs start, and the page tables they start with.
 pub struct Startup {
     page: HostPhysAddr,
-    tables: [HostPhysAddr; 3],
+    tables: [HostPhysAddr; MAX_TABLES],
     root: u64,
 }
 
@@ -63,12 +68,16 @@ impl Startup {
     ///
     /// # Errors
     ///
-    /// [`NoRoom`] without memory below 4 GiB for three tables.
+    /// [`NoRoom`] without memory below 4 GiB for the tables.
     pub fn new(page: HostPhysAddr) -> Result<Self, NoRoom> {
-        let table = || memory::allocate_frame().filter(|table| table.as_u64() < 1 << 32);
-        let tables = [table().ok_or(NoRoom)?, table().ok_or(NoRoom)?, table().ok_or(NoRoom)?];
+        let mut tables = [HostPhysAddr::new_truncate(0); MAX_TABLES];
+        for table in &mut tables {
+            let frame = memory::allocate_frame().filter(|frame| frame.as_u64() < 1 << 32);
+            *table = frame.ok_or(NoRoom)?;
+        }
         let startup = Self { page, tables, root: root() };
-        let [root, second, third] = tables;
+        let five_level = Cr4::read_raw() & CR4_LA57;
+        let levels = if five_level != 0 { MAX_TABLES } else { MAX_TABLES - 1 };
         let kernel = memory::to_virtual::<u64>(HostPhysAddr::new_truncate(
             Cr3::read_raw().0.start_address().as_u64(),
         ));
@@ -76,18 +85,21 @@ impl Startup {
         // map, and nothing changes it meanwhile.
         unsafe {
             // The kernel's half of the address space, and the first 2 MiB where they are.
-            let copy = memory::to_virtual::<u64>(root);
+            let copy = memory::to_virtual::<u64>(tables[0]);
             copy.add(256).copy_from_nonoverlapping(kernel.add(256), 256);
-            copy.write(second.as_u64() | PRESENT_WRITABLE);
-            memory::to_virtual::<u64>(second).write(third.as_u64() | PRESENT_WRITABLE);
-            memory::to_virtual::<u64>(third).write(PRESENT_WRITABLE | LARGE);
+            for level in 1..levels {
+                let entry = tables[level].as_u64() | PRESENT_WRITABLE;
+                memory::to_virtual::<u64>(tables[level - 1]).write(entry);
+            }
+            memory::to_virtual::<u64>(tables[levels - 1]).write(PRESENT_WRITABLE | LARGE);
         }
         let code = &raw const startup_begin as *const u8;
         let length = offset(&raw const startup_end) as usize;
         // SAFETY: the page is ours and longer than the code; the symbols delimit the code.
         unsafe { memory::to_virtual::<u8>(page).copy_from_nonoverlapping(code, length) };
         let base = page.as_u64();
-        startup.set(&raw const startup_root, root.as_u64() as u32);
+        startup.set(&raw const startup_root, tables[0].as_u64() as u32);
+        startup.set(&raw const startup_cr4, five_level as u32);
         startup.set(&raw const startup_far, (base + offset(&raw const startup_long)) as u32);
         // The pointer's address follows its limit.
         let gdt_address = (&raw const startup_gdt_pointer).wrapping_add(1).cast::<u32>();

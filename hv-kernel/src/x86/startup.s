@@ -4,7 +4,7 @@
 
 .section .rodata.startup, "a"
 .global startup_begin, startup_end
-.global startup_root, startup_far, startup_gdt_pointer, startup_gdt, startup_long
+.global startup_root, startup_cr4, startup_far, startup_gdt_pointer, startup_gdt, startup_long
 .global startup_stack, startup_entry, startup_argument
 
 .set CR0_PE, 1 << 0
@@ -16,6 +16,9 @@
 .set CR4_PAE, 1 << 5
 .set CR4_OSFXSR, 1 << 9
 .set CR4_OSXMMEXCPT, 1 << 10
+.set MISC_ENABLE, 0x1a0
+.set MISC_XD_DISABLE, 1 << 2
+.set CPUID_NX, 1 << 20
 .set EFER, 0xc0000080
 .set EFER_LME, 1 << 8
 .set EFER_NXE, 1 << 11
@@ -30,7 +33,20 @@ startup_begin:
     movw %cs, %ax
     movw %ax, %ds
     lgdtl startup_gdt_pointer - startup_begin
-    movl $CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT, %eax
+    // Firmware can take "no execute" away, by bit 34 of IA32_MISC_ENABLE, for each CPU by itself. The
+    // MSR is there if it did.
+    movl $0x80000001, %eax
+    cpuid
+    testl $CPUID_NX, %edx
+    jnz 1f
+    movl $MISC_ENABLE, %ecx
+    rdmsr
+    andl $~MISC_XD_DISABLE, %edx
+    wrmsr
+1:
+    // Four or five levels of page tables, as on the boot CPU.
+    movl startup_cr4 - startup_begin, %eax
+    orl $CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT, %eax
     movl %eax, %cr4
     movl startup_root - startup_begin, %eax
     movl %eax, %cr3
@@ -68,6 +84,7 @@ startup_far:          .long 0
                       .word CODE64
 .balign 8
 startup_root:         .long 0
+startup_cr4:          .long 0
 .balign 8
 startup_stack:        .quad 0
 startup_entry:        .quad 0

@@ -60,15 +60,22 @@ type ParamObject = *mut c_void;
 type Get64 = unsafe extern "C" fn(ParamObject) -> i64;
 
 /// `#AC`, SDM Volume 3, "Interrupt 17: Alignment Check Exception".
-const ALIGNMENT_CHECK: c_uint = 17;
+pub const ALIGNMENT_CHECK: c_uint = 17;
+/// `#MC`, SDM Volume 3, "Interrupt 18: Machine-Check Exception".
+pub const MACHINE_CHECK: c_uint = 18;
+
+/// `void bx_shadow_num_c::set(this, value)`
+type Set64 = unsafe extern "C" fn(ParamObject, i64);
 
 /// Classes of numbers in the parameter tree: a stored number, a reference to one, and to a flag. Each
 /// with its virtual table and its reader.
 const NUMBER_CLASSES: [(&CStr, &CStr); 3] = [
     (c"_ZTV14bx_param_num_c", c"_ZN14bx_param_num_c5get64Ev"),
-    (c"_ZTV15bx_shadow_num_c", c"_ZN15bx_shadow_num_c5get64Ev"),
+    SHADOW_CLASS,
     (c"_ZTV16bx_shadow_bool_c", c"_ZN16bx_shadow_bool_c5get64Ev"),
 ];
+/// The class of registers.
+const SHADOW_CLASS: (&CStr, &CStr) = (c"_ZTV15bx_shadow_num_c", c"_ZN15bx_shadow_num_c5get64Ev");
 
 /// In the Itanium C++ ABI an object's virtual pointer leads past the two head entries of its table.
 const VTABLE_HEAD: usize = 16;
@@ -82,8 +89,10 @@ pub struct Bochs {
     get_param: unsafe extern "C" fn(*mut c_void, *const c_char, ParamObject) -> ParamObject,
     exception: unsafe extern "C" fn(CpuObject, c_uint, u16) -> !,
     wrmsr: unsafe extern "C" fn(CpuObject, u32, u64) -> bool,
+    deliver_nmi: unsafe extern "C" fn(CpuObject),
     read_linear: unsafe extern "C" fn(c_uint, u64, c_uint, *mut u8) -> bool,
     number_classes: [(usize, Get64); 3],
+    set_shadow: Set64,
     /// Where a `BX_CPU_C` keeps the start of the instruction that it executes, in bytes.
     prev_rip: usize,
 }
@@ -117,6 +126,9 @@ impl Bochs {
                     NonNull<c_void>,
                     unsafe extern "C" fn(CpuObject, u32, u64) -> bool,
                 >(symbol(c"_ZN8BX_CPU_C5wrmsrEjm")),
+                deliver_nmi: std::mem::transmute::<NonNull<c_void>, unsafe extern "C" fn(CpuObject)>(
+                    symbol(c"_ZN8BX_CPU_C11deliver_NMIEv"),
+                ),
                 read_linear: std::mem::transmute::<
                     NonNull<c_void>,
                     unsafe extern "C" fn(c_uint, u64, c_uint, *mut u8) -> bool,
@@ -125,6 +137,9 @@ impl Bochs {
                     let reader = std::mem::transmute::<NonNull<c_void>, Get64>(symbol(get64));
                     (symbol(table).addr().get() + VTABLE_HEAD, reader)
                 }),
+                set_shadow: std::mem::transmute::<NonNull<c_void>, Set64>(symbol(
+                    c"_ZN15bx_shadow_num_c3setEl",
+                )),
                 prev_rip: prev_rip_offset(),
             }
         }
@@ -137,20 +152,50 @@ impl Bochs {
         unsafe { (*self.cpu_array).add(cpu as usize).read() }
     }
 
-    /// Raises `#AC(0)` on `cpu` as a fault of the instruction that it executes, or makes the VM exit.
+    /// Raises an exception with error code 0 (if it has any) on `cpu`, as a fault of the instruction that
+    /// it executes, or makes the VM exit.
     ///
     /// # Safety
     /// Does not return but jumps back into Bochs' execution loop (`longjmp`): no frame between may have
     /// a destructor to run. `cpu` must be the CPU that is executing.
-    pub unsafe fn raise_alignment_check(&self, cpu: u32) -> ! {
+    pub unsafe fn raise(&self, cpu: u32, vector: c_uint) -> ! {
         // SAFETY: `this` is the executing CPU, the caller answers for the frames.
-        unsafe { (self.exception)(self.cpu(cpu), ALIGNMENT_CHECK, 0) }
+        unsafe { (self.exception)(self.cpu(cpu), vector, 0) }
     }
 
-    /// Writes an MSR of `cpu` as that CPU's own WRMSR would, if it may. A refused write changes nothing.
-    pub fn write_msr(&self, cpu: u32, msr: u32, value: u64) {
+    /// Sends `cpu` an NMI, as its local APIC's LINT1 would.
+    pub fn send_nmi(&self, cpu: u32) {
+        // SAFETY: the CPU object exists; the NMI is taken after the instruction.
+        unsafe { (self.deliver_nmi)(self.cpu(cpu)) };
+    }
+
+    /// Writes an MSR of `cpu` as that CPU's own WRMSR would, if it may: whether it did. A refused write
+    /// changes nothing.
+    pub fn write_msr(&self, cpu: u32, msr: u32, value: u64) -> bool {
         // SAFETY: the CPU object exists; refusal is the returned value, not an exception.
-        unsafe { (self.wrmsr)(self.cpu(cpu), msr, value) };
+        unsafe { (self.wrmsr)(self.cpu(cpu), msr, value) }
+    }
+
+    /// Makes an MSR of `cpu` hold `value`, whether or not WRMSR could.
+    pub fn set_msr(&self, cpu: u32, msr: u32, value: u64) -> bool {
+        /// IA32_FEATURE_CONTROL.
+        const FEATURE_CONTROL: u32 = 0x3a;
+        let path = match msr {
+            FEATURE_CONTROL => "MSR.ia32_feature_ctrl".to_owned(),
+            _ => format!("USER_MSR.msr_0x{msr:03x}.val64"),
+        };
+        let Some(number) = self.optional_number(&format!("bochs.cpu{cpu}.{path}")) else {
+            return self.write_msr(cpu, msr, value);
+        };
+        // SAFETY: the virtual pointer says that the object is of the class whose function this is.
+        unsafe {
+            let vtable = number.object.cast::<usize>().read();
+            if vtable != symbol(SHADOW_CLASS.0).addr().get() + VTABLE_HEAD {
+                die(&format!("Bochs' parameter {path} is not a register"));
+            }
+            (self.set_shadow)(number.object.as_ptr(), value.cast_signed());
+        }
+        number.get() == value
     }
 
     /// Start of the instruction that `cpu` executes: the RIP that a fault in it reports.
@@ -313,6 +358,11 @@ impl CpuState {
             let bits = if self.cs_default_size.get() != 0 { 32 } else { 16 };
             (bits, self.cs_base.get())
         }
+    }
+
+    /// In 64-bit or compatibility mode.
+    pub fn in_long_mode(&self) -> bool {
+        self.efer.get() & EFER_LMA != 0
     }
 
     /// In VMX non-root operation.

@@ -9,6 +9,7 @@ use std::{env, ops::Range};
 use crate::bochs::{self, Bochs, CpuState};
 use crate::code;
 use crate::die;
+use crate::mishap::{self, Mishap, MsrWrite};
 use crate::profile::{Profile, Step};
 use crate::truth::{self, Outcome, SplitLock};
 
@@ -32,6 +33,10 @@ struct Shim {
     profile: Option<(File, Mutex<Profile>)>,
     /// 1 for thread scope.
     threads_per_core: u32,
+    /// What happens at the first split lock of a guest.
+    mishap: Option<Mishap>,
+    /// What the firmware leaves in MSRs.
+    left_over: Vec<MsrWrite>,
 }
 
 static SHIM: OnceLock<Shim> = OnceLock::new();
@@ -50,7 +55,10 @@ pub fn install() {
         truth: output("SLD_SHIM_TRUTH"),
         profile: output("SLD_SHIM_PROFILE").map(|file| (file, Mutex::default())),
         threads_per_core: threads_per_core(),
+        mishap: setting("SLD_SHIM_MISHAP", Mishap::parse),
+        left_over: setting("SLD_SHIM_MSRS", mishap::parse_writes).unwrap_or_default(),
     };
+    let with_left_over = !shim.left_over.is_empty();
     let core_scope = shim.threads_per_core > 1;
     let profiling = shim.profile.is_some();
     if SHIM.set(shim).is_err() {
@@ -59,7 +67,9 @@ pub fn install() {
     // SAFETY: the hooks have the stubs' parameters, which stand in the mangled names; Bochs has no
     // thread yet.
     unsafe {
-        bochs::replace_stub(c"_Z19bx_instr_lin_accessjmmjjj", lin_access as *const ());
+        let access: extern "C" fn(c_uint, u64, u64, c_uint, c_uint, c_uint) =
+            if with_left_over { first_lin_access } else { lin_access };
+        bochs::replace_stub(c"_Z19bx_instr_lin_accessjmmjjj", access as *const ());
         if core_scope {
             bochs::replace_stub(c"_Z14bx_instr_wrmsrjjm", wrmsr as *const ());
         }
@@ -84,6 +94,15 @@ fn output(variable: &str) -> Option<File> {
         File::create(&path)
             .unwrap_or_else(|why| die(&format!("cannot write {}: {why}", path.display())))
     })
+}
+
+/// What an environment variable asks for.
+fn setting<T>(variable: &str, parse: impl FnOnce(&str) -> Option<T>) -> Option<T> {
+    let text = env::var(variable).ok()?;
+    match parse(&text) {
+        None => die(&format!("{variable}={text} is not understood")),
+        setting => setting,
+    }
 }
 
 /// State of a CPU that runs.
@@ -116,9 +135,41 @@ extern "C" fn lin_access(
     _memory_type: c_uint,
     rw: c_uint,
 ) {
-    if rw == READ_MODIFY_WRITE && may_be_split(linear, len) && split_lock_faults(cpu, linear, len) {
+    if rw == READ_MODIFY_WRITE
+        && may_be_split(linear, len)
+        && let Some(vector) = split_lock_raises(cpu, linear, len)
+    {
         // SAFETY: this frame owns nothing and Bochs' frames expect it; `cpu` is executing.
-        unsafe { shim().bochs.raise_alignment_check(cpu) }
+        unsafe { shim().bochs.raise(cpu, vector) }
+    }
+}
+
+/// The same where the firmware is to leave something behind.
+extern "C" fn first_lin_access(
+    cpu: c_uint,
+    linear: u64,
+    physical: u64,
+    len: c_uint,
+    memory_type: c_uint,
+    rw: c_uint,
+) {
+    static DONE: [AtomicBool; MAX_CPUS] = [const { AtomicBool::new(false) }; MAX_CPUS];
+
+    let done = &DONE[cpu as usize];
+    if !done.load(Ordering::Relaxed) && state_of(cpu).in_long_mode() {
+        done.store(true, Ordering::Relaxed);
+        write_msrs(cpu, &shim().left_over);
+    }
+    lin_access(cpu, linear, physical, len, memory_type, rw);
+}
+
+/// Writes MSRs, or ends the process: a machine that is not as it should be proves nothing.
+fn write_msrs(cpu: u32, writes: &[MsrWrite]) {
+    let here = writes.iter().filter(|write| write.cpu.is_none_or(|only| only == cpu));
+    for MsrWrite { number, value, .. } in here {
+        if !shim().bochs.set_msr(cpu, *number, *value) {
+            die(&format!("MSR {number:#x} of CPU {cpu} cannot be {value:#x}"));
+        }
     }
 }
 
@@ -129,15 +180,15 @@ fn may_be_split(linear: u64, len: u32) -> bool {
     end > CACHE_LINE || linear.wrapping_add(u64::from(len)).is_multiple_of(PAGE)
 }
 
-/// Judges a suspicious access, records it if it is a split lock, and tells whether it faults.
-fn split_lock_faults(cpu: u32, linear: u64, len: u32) -> bool {
+/// Judges a suspicious access, records it if it is a split lock, and tells which exception it raises.
+fn split_lock_raises(cpu: u32, linear: u64, len: u32) -> Option<c_uint> {
     let Shim { bochs, truth, .. } = shim();
     let state = state_of(cpu);
     let rip = bochs.instruction_start(cpu);
     let instruction_len = state.rip().wrapping_sub(rip);
     if instruction_len == 0 {
         // Between two instructions: the delivery of an interrupt, which makes no such locked access.
-        return false;
+        return None;
     }
     let (bits, base) = state.code_segment();
     let mut code = [0; MAX_INSTRUCTION as usize];
@@ -149,11 +200,14 @@ fn split_lock_faults(cpu: u32, linear: u64, len: u32) -> bool {
     }
     let width = match code::locked_access_width(code, bits) {
         Ok(Some(width)) => width,
-        Ok(None) => return false,
+        Ok(None) => return None,
         Err(why) => die(&format!("CPU {cpu} at {rip:#x}: {why}")),
     };
     if !is_split(linear, len, width) {
-        return false;
+        return None;
+    }
+    if state.in_vmx_guest() && mishap_comes(cpu) {
+        return Some(bochs::MACHINE_CHECK);
     }
 
     let faults = state.detects_split_locks();
@@ -169,7 +223,27 @@ fn split_lock_faults(cpu: u32, linear: u64, len: u32) -> bool {
             die(&format!("cannot write the truth file: {why}"));
         }
     }
-    faults
+    faults.then_some(bochs::ALIGNMENT_CHECK)
+}
+
+/// The mishap that is to come, if there is one; whether it is an exception in place of the access.
+fn mishap_comes(cpu: u32) -> bool {
+    static CAME: AtomicBool = AtomicBool::new(false);
+
+    let Shim { bochs, mishap, .. } = shim();
+    match mishap {
+        Some(mishap) if !CAME.swap(true, Ordering::Relaxed) => match mishap {
+            Mishap::Nmi => {
+                bochs.send_nmi(cpu);
+                false
+            }
+            Mishap::MachineCheck(writes) => {
+                write_msrs(cpu, writes);
+                true
+            }
+        },
+        _ => false,
+    }
 }
 
 /// Whether a locked access of `width` bytes, of which Bochs reports `len` at `linear`, crosses a cache

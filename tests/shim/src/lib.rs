@@ -27,6 +27,8 @@
 //! | `SLD_SHIM_PROFILE` | file for a profile of what runs between VM exits and VM entries, written at the end; unset: none, and its hooks are not there |
 //! | `SLD_SHIM_SCOPE` | `thread` (default): every CPU has its own MSR 0x33; `core`: siblings share it, the last write wins, as in hardware |
 //! | `SLD_SHIM_THREADS_PER_CORE` | with `core` scope: CPUs `k*n..(k+1)*n` are one core |
+//! | `SLD_SHIM_MISHAP` | what happens at the first split lock of a VMX guest, before it is judged: `nmi`, an NMI that no CPU has sent; `mc` and writes as in the next row, to that CPU: `#MC` in place of the access |
+//! | `SLD_SHIM_MSRS` | what the firmware leaves in MSRs: writes `number=value` (or `cpu:number=value`, on this CPU only) in hexadecimal, separated by commas, carried out when a CPU is in long mode for the first time, where no firmware of BIOS machines is |
 //!
 //! The MSR itself is Bochs' (`cpu: msrs=FILE`): the shim reads its present value from Bochs and keeps
 //! no copy, so resets and refused writes need no care. A machine without it never faults, but every
@@ -58,6 +60,7 @@ mod bochs;
 mod code;
 #[cfg_attr(test, allow(dead_code))]
 mod hooks;
+mod mishap;
 #[cfg_attr(test, allow(dead_code))]
 mod profile;
 mod truth;

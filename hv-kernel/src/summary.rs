@@ -1,0 +1,612 @@
+//! What is left to read at the end: what became of each VM, or why there was none.
+
+use core::fmt::{self, Write};
+
+use arrayvec::{ArrayString, ArrayVec};
+use raw_cpuid::{CpuId, CpuIdReaderNative};
+use sld::{Detection, SldMode};
+use spin::Mutex;
+
+use crate::config::{AtEnd, MAX_NAME, MAX_VMS};
+use crate::console::Console;
+use crate::counters::SplitLocks;
+use crate::screen::{Colour, Screen};
+
+/// The longest text about how a VM ended, and about why it cannot start.
+const MAX_END: usize = 60;
+const MAX_WHY: usize = 200;
+/// The longest line of the table.
+const MAX_LINE: usize = 320;
+/// Rows of the page that are not the table's.
+const OTHER_ROWS: usize = 15;
+
+/// What the page tells. Filled in as it happens; nothing is allocated, since VMs end on guests' paths.
+static RUN: Mutex<Run> = Mutex::new(Run { host: None, vms: ArrayVec::new_const() });
+
+struct Run {
+    host: Option<Host>,
+    /// In the configuration's order.
+    vms: ArrayVec<Row, MAX_VMS>,
+}
+
+/// The machine, once it is up.
+#[derive(Debug, Clone, Copy)]
+pub struct Host {
+    /// How many CPUs are used.
+    pub cpus: u32,
+    /// What the operator wants.
+    pub mode: SldMode,
+    /// What the CPUs can do.
+    pub detection: Detection,
+}
+
+/// A VM.
+#[derive(Debug)]
+struct Row {
+    name: ArrayString<MAX_NAME>,
+    policy: Option<SldMode>,
+    vcpus: u32,
+    split_locks: SplitLocks,
+    end: Short<MAX_END>,
+    /// That of the end.
+    colour: Colour,
+    /// Why it cannot start, if it cannot.
+    why: Short<MAX_WHY>,
+}
+
+impl Row {
+    fn new(name: &str, policy: Option<SldMode>, vcpus: u32) -> Self {
+        Self {
+            name: ArrayString::from(name).unwrap_or_default(),
+            policy,
+            vcpus,
+            split_locks: SplitLocks::default(),
+            end: Short::of(format_args!("still running")),
+            colour: Colour::Text,
+            why: Short::new(),
+        }
+    }
+}
+
+/// How it all ended.
+#[derive(Debug, Clone, Copy)]
+pub enum Ending<'a> {
+    /// All VMs are over.
+    Finished {
+        /// VM exits.
+        exits: u64,
+        /// Invariants that did not hold.
+        violations: u64,
+    },
+    /// The hypervisor does not run here.
+    Refused(&'a str),
+}
+
+/// The machine is up.
+pub fn host(host: Host) {
+    RUN.lock().host = Some(host);
+}
+
+/// A VM is made.
+pub fn started(name: &str, policy: SldMode, vcpus: u32) {
+    add(Row::new(name, Some(policy), vcpus));
+}
+
+/// A VM cannot start.
+pub fn refused(name: &str, why: impl fmt::Display) {
+    let end = Short::of(format_args!("cannot start"));
+    let why = Short::of(format_args!("{why}"));
+    add(Row { end, colour: Colour::Error, why, ..Row::new(name, None, 0) });
+}
+
+fn add(row: Row) {
+    // The configuration has no more VMs than there is room for.
+    let _ = RUN.lock().vms.try_push(row);
+}
+
+/// A VM is over.
+pub fn ended(name: &str, how: fmt::Arguments<'_>, colour: Colour, split_locks: &SplitLocks) {
+    if let Some(row) = RUN.lock().vms.iter_mut().find(|row| &*row.name == name) {
+        (row.end, row.colour, row.split_locks) = (Short::of(how), colour, *split_locks);
+    }
+}
+
+/// Writes the table into the log, and shows the page on the screen.
+pub fn show(console: &mut Console, ending: Ending<'_>, at_end: AtEnd) {
+    let run = RUN.lock();
+    if let Ending::Finished { .. } = ending {
+        let mut log = Unseen { console, line: Short::new() };
+        log.line(Colour::Text, format_args!(""));
+        run.table(&mut log, MAX_VMS);
+        run.totals(&mut log, ending);
+    }
+    let is_kept = console.is_kept();
+    if console.screen.exists() {
+        console.screen.clear();
+        run.page(&mut Page::new(&mut console.screen), ending, at_end, is_kept);
+    }
+}
+
+/// What somebody who reads can do now, for the end of a panic.
+pub fn show_advice(console: &mut Console, at_end: AtEnd) {
+    let is_kept = console.is_kept();
+    if console.screen.exists() {
+        advice(&mut Page::new(&mut console.screen), at_end, is_kept);
+    }
+}
+
+impl Run {
+    fn page(&self, page: &mut Page<impl Paper>, ending: Ending<'_>, at_end: AtEnd, is_kept: bool) {
+        page.line(Colour::Text, format_args!(""));
+        page.line(Colour::Text, format_args!("CPU        {}", CpuName));
+        if let Some(host) = self.host {
+            page.line(Colour::Text, format_args!("CPUs used  {}", host.cpus));
+            let (colour, text) = host.detection_text();
+            page.line(colour, format_args!("Detection  {text}"));
+        }
+        page.line(Colour::Text, format_args!(""));
+        match ending {
+            Ending::Finished { .. } => {
+                let rows = page.paper.size().1.saturating_sub(OTHER_ROWS).max(2);
+                let used = self.table(page, rows);
+                self.reasons(page, rows - used);
+                page.line(Colour::Text, format_args!(""));
+                self.totals(page, ending);
+            }
+            Ending::Refused(why) => {
+                page.line(Colour::Heading, format_args!("The hypervisor cannot run here:"));
+                page.line(Colour::Text, format_args!(""));
+                page.wrapped(Colour::Error, why);
+            }
+        }
+        advice(page, at_end, is_kept);
+    }
+
+    /// At most so many rows below the heading; how many there are.
+    fn table(&self, lines: &mut impl Lines, rows: usize) -> usize {
+        let name = self.vms.iter().map(|row| row.name.len()).max().unwrap_or(0).max(2);
+        let verdicts = self.vms.iter().map(|row| Verdicts(row.split_locks).text().0.len());
+        let verdict = verdicts.max().unwrap_or(0).max("verdict".len());
+        lines.line(
+            Colour::Heading,
+            format_args!(
+                "{:name$}  policy  vCPUs  split locks  {:verdict$}  how it ended",
+                "VM", "verdict"
+            ),
+        );
+        let shown = if self.vms.len() > rows { rows.saturating_sub(1) } else { rows };
+        for row in self.vms.iter().take(shown) {
+            let policy = row.policy.map_or("-", |policy| match policy {
+                SldMode::Off => "off",
+                SldMode::Warn => "warn",
+                SldMode::Fatal => "fatal",
+            });
+            let vcpus: Short<8> = match row.vcpus {
+                0 => Short::of(format_args!("-")),
+                vcpus => Short::of(format_args!("{vcpus}")),
+            };
+            lines.part(
+                Colour::Text,
+                format_args!(
+                    "{:name$}  {policy:6}  {:<5}  {:<11}  {:verdict$}  ",
+                    &*row.name,
+                    &*vcpus.0,
+                    row.split_locks.seen(),
+                    &*Verdicts(row.split_locks).text().0
+                ),
+            );
+            lines.line(row.colour, format_args!("{}", &*row.end.0));
+        }
+        if self.vms.len() > shown {
+            let more = self.vms.len() - shown;
+            lines.line(Colour::Faint, format_args!("and {more} more: the log has them"));
+        }
+        self.vms.len().min(rows)
+    }
+
+    /// Why VMs cannot start, as far as so many rows are enough. The log has it anyway.
+    fn reasons(&self, page: &mut Page<impl Paper>, mut rows: usize) {
+        for row in self.vms.iter().filter(|row| !row.why.0.is_empty()) {
+            let text: Short<{ MAX_WHY + MAX_NAME + 2 }> =
+                Short::of(format_args!("{}: {}", row.name, row.why));
+            let Some(left) = rows.checked_sub(1 + page.height(&text.0)) else { return };
+            rows = left;
+            page.line(Colour::Text, format_args!(""));
+            page.wrapped(Colour::Error, &text.0);
+        }
+    }
+
+    fn totals(&self, lines: &mut impl Lines, ending: Ending<'_>) {
+        let Ending::Finished { exits, violations } = ending else { return };
+        let mut sum = SplitLocks::default();
+        self.vms.iter().for_each(|row| sum.add(&row.split_locks));
+        let vms = self.vms.len();
+        lines.line(
+            Colour::Text,
+            format_args!(
+                "{vms} VM{}, {} split lock{} seen, {exits} VM exits",
+                plural(vms as u64),
+                sum.seen(),
+                plural(sum.seen())
+            ),
+        );
+        if violations > 0 {
+            lines.line(
+                Colour::Error,
+                format_args!("invariants that did not hold: {violations}; the log says which"),
+            );
+        }
+    }
+}
+
+fn plural(number: u64) -> &'static str {
+    if number == 1 { "" } else { "s" }
+}
+
+/// What somebody who reads can do now.
+fn advice(page: &mut Page<impl Paper>, at_end: AtEnd, is_kept: bool) {
+    page.line(Colour::Text, format_args!(""));
+    match at_end {
+        AtEnd::Stay => {
+            page.line(Colour::Good, format_args!("Press a key to restart the machine."));
+            if is_kept {
+                page.wrapped(
+                    Colour::Text,
+                    "If no key works, use the reset button. When the stick boots again, it saves \
+                     the log as unsplit/log.txt; if the machine is switched off, the log is lost.",
+                );
+            } else {
+                page.wrapped(Colour::Text, "Or switch it off.");
+            }
+        }
+        AtEnd::PowerOff => {
+            page.line(Colour::Text, format_args!("The machine switches itself off."))
+        }
+        AtEnd::Reboot => page.line(Colour::Text, format_args!("The machine starts again.")),
+    }
+}
+
+impl Host {
+    fn detection_text(self) -> (Colour, Short<MAX_LINE>) {
+        let mode = self.mode;
+        match self.detection {
+            Detection::Works if mode == SldMode::Off => {
+                (Colour::Text, Short::of(format_args!("by the CPU, switched off (mode off)")))
+            }
+            Detection::Works => {
+                (Colour::Good, Short::of(format_args!("by the CPU (MSR 0x33), mode {mode}")))
+            }
+            Detection::Absent if mode == SldMode::Off => {
+                (Colour::Text, Short::of(format_args!("not on this CPU, mode off")))
+            }
+            Detection::Absent => (
+                Colour::Warning,
+                Short::of(format_args!(
+                    "not on this CPU: mode {mode} is without effect, split locks happen unseen"
+                )),
+            ),
+            Detection::Failed(why) => {
+                (Colour::Error, Short::of(format_args!("does not work on this CPU: {why}")))
+            }
+        }
+    }
+}
+
+/// The CPU's name for itself.
+struct CpuName;
+
+impl fmt::Display for CpuName {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let brand = CpuId::with_cpuid_reader(CpuIdReaderNative).get_processor_brand_string();
+        f.write_str(brand.as_ref().map_or("of no name", |brand| brand.as_str().trim()))
+    }
+}
+
+/// What was done about split locks, as in the events.
+struct Verdicts(SplitLocks);
+
+impl Verdicts {
+    fn text(&self) -> Short<64> {
+        let SplitLocks { inject, warn, step, kill, .. } = self.0;
+        let mut text = Short::new();
+        for (name, count) in [("inject", inject), ("kill", kill), ("step", step), ("warn", warn)] {
+            let separator = if text.0.is_empty() { "" } else { ", " };
+            // What is too long is cut.
+            let _ = match count {
+                0 => Ok(()),
+                1 => write!(text, "{separator}{name}"),
+                _ => write!(text, "{separator}{name} x{count}"),
+            };
+        }
+        if text.0.is_empty() {
+            text.0.push('-');
+        }
+        text
+    }
+}
+
+/// Text that is cut if it is too long.
+#[derive(Debug)]
+struct Short<const N: usize>(ArrayString<N>);
+
+impl<const N: usize> Short<N> {
+    fn new() -> Self {
+        Self(ArrayString::new())
+    }
+
+    fn of(text: fmt::Arguments<'_>) -> Self {
+        let mut short = Self::new();
+        let _ = short.write_fmt(text);
+        short
+    }
+}
+
+impl<const N: usize> Write for Short<N> {
+    fn write_str(&mut self, text: &str) -> fmt::Result {
+        for character in text.chars() {
+            if self.0.try_push(character).is_err() {
+                break;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl<const N: usize> fmt::Display for Short<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// Where lines go.
+trait Lines {
+    /// Adds to the line.
+    fn part(&mut self, colour: Colour, text: fmt::Arguments<'_>);
+
+    /// Adds to the line and ends it.
+    fn line(&mut self, colour: Colour, text: fmt::Arguments<'_>);
+}
+
+/// The log, but not the screen.
+struct Unseen<'a> {
+    console: &'a mut Console,
+    line: Short<MAX_LINE>,
+}
+
+impl Lines for Unseen<'_> {
+    fn part(&mut self, _: Colour, text: fmt::Arguments<'_>) {
+        let _ = self.line.write_fmt(text);
+    }
+
+    fn line(&mut self, colour: Colour, text: fmt::Arguments<'_>) {
+        self.part(colour, text);
+        self.console.write_unseen(format_args!("{}", self.line.0.trim_end()));
+        self.line.0.clear();
+    }
+}
+
+/// What a page is written on.
+trait Paper {
+    /// Columns and rows.
+    fn size(&self) -> (usize, usize);
+    fn write(&mut self, colour: Colour, text: fmt::Arguments<'_>);
+    fn end_line(&mut self);
+}
+
+impl Paper for Screen {
+    fn size(&self) -> (usize, usize) {
+        Self::size(self)
+    }
+
+    fn write(&mut self, colour: Colour, text: fmt::Arguments<'_>) {
+        Self::write(self, colour, text);
+    }
+
+    fn end_line(&mut self) {
+        Self::end_line(self);
+    }
+}
+
+/// A page, with an edge on the left.
+struct Page<'a, P: Paper> {
+    paper: &'a mut P,
+    is_new_line: bool,
+}
+
+/// What begins with a word.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Begins {
+    Text,
+    Line,
+    Word,
+}
+
+/// The edge in columns.
+const EDGE: usize = 2;
+/// The longest line of a text: longer ones are hard to read.
+const MAX_WIDTH: usize = 100;
+
+impl<'a, P: Paper> Page<'a, P> {
+    fn new(paper: &'a mut P) -> Self {
+        Self { paper, is_new_line: true }
+    }
+
+    /// Writes a text in lines that end between words.
+    fn wrapped(&mut self, colour: Colour, text: &str) {
+        for (begins, word) in self.words(text) {
+            match begins {
+                Begins::Text => {}
+                Begins::Line => self.line(colour, format_args!("")),
+                Begins::Word => self.part(colour, format_args!(" ")),
+            }
+            self.part(colour, format_args!("{word}"));
+        }
+        self.line(colour, format_args!(""));
+    }
+
+    /// How many rows [`Self::wrapped`] takes.
+    fn height(&self, text: &str) -> usize {
+        1 + self.words(text).filter(|(begins, _)| *begins == Begins::Line).count()
+    }
+
+    fn words<'t>(&self, text: &'t str) -> impl Iterator<Item = (Begins, &'t str)> + use<'t, P> {
+        let width = self.paper.size().0.saturating_sub(2 * EDGE).min(MAX_WIDTH);
+        let mut used = 0;
+        text.split_whitespace().map(move |word| {
+            let length = word.chars().count();
+            let begins = match used {
+                0 => Begins::Text,
+                _ if used + 1 + length > width => Begins::Line,
+                _ => Begins::Word,
+            };
+            used = if begins == Begins::Word { used + 1 + length } else { length };
+            (begins, word)
+        })
+    }
+}
+
+impl<P: Paper> Lines for Page<'_, P> {
+    fn part(&mut self, colour: Colour, text: fmt::Arguments<'_>) {
+        if core::mem::take(&mut self.is_new_line) {
+            self.paper.write(Colour::Text, format_args!("{:EDGE$}", ""));
+        }
+        self.paper.write(colour, text);
+    }
+
+    fn line(&mut self, colour: Colour, text: fmt::Arguments<'_>) {
+        self.part(colour, text);
+        self.paper.end_line();
+        self.is_new_line = true;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::string::String;
+    use std::{format, vec::Vec};
+
+    struct Sheet {
+        size: (usize, usize),
+        text: String,
+    }
+
+    impl Sheet {
+        fn new(columns: usize, rows: usize) -> Self {
+            Self { size: (columns, rows), text: String::new() }
+        }
+    }
+
+    impl Paper for Sheet {
+        fn size(&self) -> (usize, usize) {
+            self.size
+        }
+
+        fn write(&mut self, _: Colour, text: fmt::Arguments<'_>) {
+            self.text += &format!("{text}");
+        }
+
+        fn end_line(&mut self) {
+            self.text.truncate(self.text.trim_end_matches(' ').len());
+            self.text.push('\n');
+        }
+    }
+
+    fn row(name: &str, split_locks: SplitLocks, end: &str) -> Row {
+        let end = Short::of(format_args!("{end}"));
+        Row { split_locks, end, ..Row::new(name, Some(SldMode::Warn), 2) }
+    }
+
+    fn run() -> Run {
+        let none = SplitLocks::default();
+        let mut run = Run { host: None, vms: ArrayVec::new() };
+        run.vms.push(row("split", SplitLocks { warn: 1, ..none }, "exit 33"));
+        run.vms.push(row("sld-aware", SplitLocks { inject: 4, kill: 1, ..none }, "split lock"));
+        run.vms.push(row("legacy", SplitLocks { inject: 6, legacy: 6, ..none }, "still running"));
+        run.vms.push(Row {
+            end: Short::of(format_args!("cannot start")),
+            why: Short::of(format_args!("the ramdisk has no file `a`: add it, or correct `image`")),
+            ..Row::new("none", None, 0)
+        });
+        run
+    }
+
+    const FINISHED: Ending<'_> = Ending::Finished { exits: 77, violations: 0 };
+
+    #[test]
+    fn the_table_has_a_row_for_every_vm() {
+        let mut sheet = Sheet::new(80, 25);
+        run().table(&mut Page::new(&mut sheet), 10);
+        let expected = "  \
+  VM         policy  vCPUs  split locks  verdict          how it ended
+  split      warn    2      1            warn             exit 33
+  sld-aware  warn    2      5            inject x4, kill  split lock
+  legacy     warn    2      0            inject x6        still running
+  none       -       -      0            -                cannot start
+";
+        assert_eq!(sheet.text, expected);
+    }
+
+    #[test]
+    fn a_page_shows_all_that_there_is_room_for() {
+        let mut run = run();
+        while !run.vms.is_full() {
+            run.vms.push(row("another", SplitLocks::default(), "halt"));
+        }
+        for rows in [10, 25, 48, 80] {
+            let mut sheet = Sheet::new(80, rows);
+            run.host = Some(Host { cpus: 4, mode: SldMode::Warn, detection: Detection::Absent });
+            run.page(&mut Page::new(&mut sheet), FINISHED, AtEnd::Stay, true);
+            // The title is above.
+            let lines = sheet.text.lines().count() + 1;
+            assert!(lines <= rows.max(OTHER_ROWS + 2), "{lines} of {rows}:\n{}", sheet.text);
+            let hidden = sheet.text.contains("more: the log has them");
+            assert_eq!(hidden, rows < MAX_VMS + OTHER_ROWS, "{rows}:\n{}", sheet.text);
+            assert!(sheet.text.contains("64 VMs, 6 split locks seen, 77 VM exits"));
+        }
+    }
+
+    #[test]
+    fn why_a_vm_cannot_start_is_shown_where_there_is_room() {
+        let page = |rows| {
+            let mut sheet = Sheet::new(40, rows);
+            run().page(&mut Page::new(&mut sheet), FINISHED, AtEnd::PowerOff, false);
+            sheet.text
+        };
+        // Four VMs, an empty row, and two for the reason.
+        let why = "\n\n  none: the ramdisk has no file `a`:\n  add it, or correct `image`\n\n";
+        assert!(page(OTHER_ROWS + 7).contains(why), "{}", page(OTHER_ROWS + 7));
+        assert!(!page(OTHER_ROWS + 6).contains("ramdisk"));
+    }
+
+    #[test]
+    fn what_to_do_is_said() {
+        let text = |ending, at_end, is_kept| {
+            let mut sheet = Sheet::new(66, 25);
+            run().page(&mut Page::new(&mut sheet), ending, at_end, is_kept);
+            assert!(sheet.text.lines().all(|line| line.len() <= 80), "{}", sheet.text);
+            sheet.text
+        };
+        let stay = text(FINISHED, AtEnd::Stay, true);
+        assert!(stay.contains("Press a key") && stay.contains("unsplit/log.txt"));
+        assert!(!text(FINISHED, AtEnd::Stay, false).contains("log.txt"));
+        assert!(!text(FINISHED, AtEnd::PowerOff, true).contains("Press a key"));
+        assert!(text(FINISHED, AtEnd::Reboot, true).contains("starts again"));
+        let why = "no VT-x: this CPU does not have VMX (CPUID.1:ECX[5] is 0). It takes another one";
+        let refused = text(Ending::Refused(why), AtEnd::Stay, true);
+        let lines: Vec<_> = refused.lines().filter(|line| line.contains("VMX")).collect();
+        assert_eq!(lines, ["  no VT-x: this CPU does not have VMX (CPUID.1:ECX[5] is 0). It"]);
+        assert!(!refused.contains("how it ended"));
+        let broken = text(Ending::Finished { exits: 0, violations: 3 }, AtEnd::Stay, true);
+        assert!(broken.contains("did not hold: 3"));
+    }
+
+    #[test]
+    fn long_texts_are_cut() {
+        let short: Short<4> = Short::of(format_args!("{}é", "abc"));
+        assert_eq!(&*short.0, "abc");
+        let all = u64::MAX;
+        let locks = SplitLocks { inject: all, warn: all, step: all, kill: all, legacy: 0 };
+        assert_eq!(Verdicts(locks).text().0.len(), 64);
+    }
+}
