@@ -2,8 +2,8 @@
 //! linked.
 //!
 //! Everything is built for the host's own target, as freestanding static executables: no other
-//! target's standard library need be installed. Each package has a target directory of its own,
-//! since their flags differ.
+//! target's standard library need be installed. Each part has a target directory of its own, since
+//! their flags differ.
 
 use std::{
     io::{BufRead, BufReader},
@@ -17,21 +17,25 @@ use serde::Deserialize;
 /// Given explicitly, so that the flags do not reach build scripts.
 const TARGET: &str = "x86_64-unknown-linux-gnu";
 
-/// For all packages: a static executable at fixed addresses, linked by the toolchain's own linker,
-/// whose code survives interrupts on its stack and does not unwind.
-const FLAGS: [&str; 7] = [
+/// For all parts: a static executable, linked by the toolchain's own linker, whose code survives
+/// interrupts on its stack and does not unwind.
+const FLAGS: [&str; 6] = [
     "-Clinker=rust-lld",
     "-Clinker-flavor=ld.lld",
-    "-Crelocation-model=static",
     "-Clink-arg=-static",
     "-Clink-arg=--no-dynamic-linker",
     "-Cno-redzone=yes",
     "-Cpanic=abort",
 ];
 
+/// At fixed addresses.
+const FIXED: &str = "-Crelocation-model=static";
+
 /// Something that is built for the bare machine.
 struct Part {
     package: &'static str,
+    /// Which executable of the package; all without it.
+    executable: Option<&'static str>,
     /// Relative to the project's root.
     linker_script: &'static str,
     flags: &'static [&'static str],
@@ -39,14 +43,33 @@ struct Part {
 
 const KERNEL: Part = Part {
     package: "hv-kernel",
+    executable: None,
     linker_script: "hv-kernel/kernel.ld",
     // Linked into the highest 2 GiB.
-    flags: &["-Ccode-model=kernel"],
+    flags: &[FIXED, "-Ccode-model=kernel"],
 };
 
-const BOOT: Part = Part { package: "boot", linker_script: "boot/bios.ld", flags: &[] };
+const BIOS: Part = Part {
+    package: "boot",
+    executable: Some("boot"),
+    linker_script: "boot/bios.ld",
+    flags: &[FIXED],
+};
 
-const GUESTS: Part = Part { package: "guests", linker_script: "tests/guests/guest.ld", flags: &[] };
+const UEFI: Part = Part {
+    package: "boot",
+    executable: Some("uefi"),
+    linker_script: "boot/uefi.ld",
+    // Firmware decides about the address.
+    flags: &["-Crelocation-model=pic", "-Clink-arg=-pie"],
+};
+
+const GUESTS: Part = Part {
+    package: "guests",
+    executable: None,
+    linker_script: "tests/guests/guest.ld",
+    flags: &[FIXED],
+};
 
 /// Builds the hypervisor's kernel; its ELF file.
 pub fn kernel() -> Result<PathBuf> {
@@ -55,7 +78,12 @@ pub fn kernel() -> Result<PathBuf> {
 
 /// Builds the BIOS stage of the loader; its ELF file.
 pub fn boot() -> Result<PathBuf> {
-    BOOT.build_one()
+    BIOS.build_one()
+}
+
+/// Builds the UEFI loader; its ELF file, of which [`pe`](crate::pe) makes what firmware loads.
+pub fn uefi() -> Result<PathBuf> {
+    UEFI.build_one()
 }
 
 /// Builds the test guests; the name and the ELF file of each, sorted by name.
@@ -98,10 +126,16 @@ impl Part {
         let script = format!("-Clink-arg=-T{}", root().join(self.linker_script).display());
         let flags =
             FLAGS.iter().chain(self.flags).copied().chain([script.as_str()]).collect::<Vec<_>>();
-        let target_dir = crate::target_directory().join("bare").join(self.package);
+        let directory = self.executable.unwrap_or(self.package);
+        let target_dir = crate::target_directory().join("bare").join(directory);
+        let executables = match self.executable {
+            Some(name) => vec!["--bin", name],
+            None => vec!["--bins"],
+        };
         let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
             .current_dir(root())
-            .args(["build", "--release", "--bins", "--message-format=json-render-diagnostics"])
+            .args(["build", "--release", "--message-format=json-render-diagnostics"])
+            .args(executables)
             .args(["--package", self.package, "--target", TARGET, "--target-dir"])
             .arg(target_dir)
             .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))

@@ -10,7 +10,8 @@ use object::{Object, ObjectSymbol};
 
 use crate::cache::{self, Root};
 use crate::console;
-use crate::machine::{MachineConfig, Quirk};
+use crate::firmware::{Firmware, Uefi};
+use crate::machine::{MachineConfig, Mishap, Quirk};
 use crate::topology::Topology;
 
 /// The oldest release that will do: 3.0 lacks UEFI support, 2.7 the monitor trap flag too.
@@ -21,6 +22,12 @@ const BOOT_TIME: u32 = 946_684_800;
 
 /// An MSR that the CPU models lack: number, and value at reset, reserved bits and ignored bits.
 type ExtraMsr = (u32, [u64; 3]);
+
+/// What Bochs checks when such an MSR is written, besides the bits: 2, that the value could be a
+/// physical address. Status registers hold more.
+const fn kind((number, _): ExtraMsr) -> u8 {
+    if number < 0x100 { 2 } else { 0 }
+}
 
 /// MSRs of a machine with split-lock detection.
 ///
@@ -39,17 +46,41 @@ fn sld_msrs(quirk: Option<Quirk>) -> Vec<ExtraMsr> {
     msrs
 }
 
-/// A line of the file of extra MSRs. Type 2 means a value without further rules; every number but the first has
-/// eight digits, the high half before the low one.
-fn msr_line((number, values): ExtraMsr) -> String {
+/// MSRs of a machine with two machine-check banks, on which software can recover (MCG_SER_P).
+fn machine_check_msrs() -> Vec<ExtraMsr> {
+    let capabilities = (0x179, [1 << 24 | 1 << 8 | 2, u64::MAX, 0]);
+    let others = [0x17a, 0x17b].into_iter().chain(0x400..0x408).map(|number| (number, [0; 3]));
+    [capabilities].into_iter().chain(others).collect()
+}
+
+/// MSRs that no CPU model has, but for which firmware may leave a value: SMI_COUNT, MISC_ENABLE.
+const FIRMWARE_MSRS: [u32; 2] = [0x34, 0x1a0];
+
+/// All MSRs that a machine has besides its CPU model's.
+fn extra_msrs(config: &MachineConfig) -> Vec<ExtraMsr> {
+    let left = |number| config.left_over.iter().any(|write| write.number == number);
+    let machine_check = matches!(config.mishap, Some(Mishap::MachineCheck(_)))
+        || machine_check_msrs().into_iter().any(|(number, _)| left(number));
+    let mut msrs = if config.sld { sld_msrs(config.quirk) } else { Vec::new() };
+    if machine_check {
+        msrs.extend(machine_check_msrs());
+    }
+    let firmware = FIRMWARE_MSRS.into_iter().filter(|number| left(*number));
+    msrs.extend(firmware.map(|number| (number, [0; 3])));
+    msrs
+}
+
+/// A line of the file of extra MSRs. Every number but the first two has eight digits, the high half before the
+/// low one.
+fn msr_line(msr @ (number, values): ExtraMsr) -> String {
     let halves = values.map(|value| format!("{:08x} {:08x}", value >> 32, value as u32));
-    format!("{number:03x} 2 {}\n", halves.join(" "))
+    format!("{number:03x} {} {}\n", kind(msr), halves.join(" "))
 }
 
 /// In bochs.log when such a line was read as meant.
-fn msr_loaded((number, values): ExtraMsr) -> String {
+fn msr_loaded(msr @ (number, values): ExtraMsr) -> String {
     let halves = values.map(|value| format!("{:08x}:{:08x}", value >> 32, value as u32));
-    format!("loaded MSR[0x{number:03x}] type=2 {}", halves.join(" "))
+    format!("loaded MSR[0x{number:03x}] type={} {}", kind(msr), halves.join(" "))
 }
 
 /// Said on the standard error when the machine powered itself off; the exit status is 1 then as for errors.
@@ -67,6 +98,8 @@ pub mod file {
     pub const MSRS: &str = "msrs.def";
     /// Bochs' log.
     pub const LOG: &str = "bochs.log";
+    /// UEFI firmware.
+    pub const UEFI: &str = "uefi.fd";
 }
 
 /// Major and minor version.
@@ -215,7 +248,8 @@ impl Bochs {
     /// Writes the machine's configuration into its directory.
     ///
     /// # Errors
-    /// If Bochs lacks the model or cannot arrange so many CPUs, or a file cannot be written.
+    /// If Bochs lacks the model or cannot arrange so many CPUs, if there is no UEFI firmware for a machine with UEFI, or
+    /// if a file cannot be written.
     pub fn configure(
         &self,
         config: &MachineConfig,
@@ -228,9 +262,15 @@ impl Bochs {
             bail!("unknown CPU model {:?}; {self} has: {}", config.model, models.join(" "));
         }
         check_topology(config.cpus)?;
-        fs::write(directory.join(file::CONFIG), bochsrc(config, disk, serial))?;
-        if config.sld {
-            let lines: String = sld_msrs(config.quirk).into_iter().map(msr_line).collect();
+        // The cached firmware also for the host's Bochs: with its hardware, not all builds get on.
+        let rom = match config.firmware {
+            Firmware::Bios => None,
+            Firmware::Uefi => Some(Uefi::ensure(false)?.write_rom(&directory.join(file::UEFI))?),
+        };
+        fs::write(directory.join(file::CONFIG), bochsrc(config, rom, disk, serial))?;
+        let msrs = extra_msrs(config);
+        if !msrs.is_empty() {
+            let lines: String = msrs.into_iter().map(msr_line).collect();
             fs::write(directory.join(file::MSRS), lines)?;
         }
         Ok(())
@@ -277,21 +317,39 @@ fn models_in(help: &str) -> Vec<String> {
     lines.take_while(|line| !line.is_empty()).map(str::to_owned).collect()
 }
 
-/// The configuration file. Paths are relative to the machine's directory.
-fn bochsrc(config: &MachineConfig, disk: &str, [serial, events]: [&str; 2]) -> String {
-    let MachineConfig { model, cpus, memory_mib, sld, ips, .. } = config;
-    let msrs = if *sld { format!(r#", msrs="{}""#, file::MSRS) } else { String::new() };
+/// The configuration file; `rom` is the address of UEFI firmware. Paths are relative to the machine's directory.
+fn bochsrc(
+    config: &MachineConfig,
+    rom: Option<u64>,
+    disk: &str,
+    [serial, events]: [&str; 2],
+) -> String {
+    /// Of the machine's memory, in MiB, what Bochs keeps in the host's; it swaps the rest to a file.
+    const HOST_MEMORY: u32 = 1024;
+
+    let MachineConfig { model, cpus, memory_mib, ips, .. } = config;
+    let has_msrs = !extra_msrs(config).is_empty();
+    let msrs = if has_msrs { format!(r#", msrs="{}""#, file::MSRS) } else { String::new() };
+    let host = (*memory_mib).min(HOST_MEMORY);
+    let rom = match rom {
+        None => "romimage: file=$BXSHARE/BIOS-bochs-latest".to_owned(),
+        Some(address) => format!(
+            "romimage: file={}, address={address:#x}\nfw_cfg: enabled=1\npci: enabled=1, chipset=i440fx",
+            file::UEFI
+        ),
+    };
     let mut text = String::new();
     // A missing MSR must fault as on hardware. No panic may stop and ask. VGA updates by machine time, not by the
-    // host's clock, for the same run every time.
+    // host's clock, for the same run every time. Without an extension the VGA has no 32-bit modes, which end a Bochs
+    // that draws for a terminal.
     let _ = write!(
         text,
         "\
 cpu: model={model}, count={cpus}, ips={ips}, reset_on_triple_fault=0, ignore_bad_msrs=0{msrs}
-memory: guest={memory_mib}, host={memory_mib}
-romimage: file=$BXSHARE/BIOS-bochs-latest
+memory: guest={memory_mib}, host={host}
+{rom}
 vgaromimage: file=$BXSHARE/VGABIOS-lgpl-latest
-vga: extension=vbe, update_freq=5, realtime=0
+vga: extension=none, update_freq=5, realtime=0
 ata0-master: type=disk, path={disk}, mode=flat
 boot: disk
 com1: enabled=1, mode=file, dev={serial}
@@ -322,8 +380,8 @@ pub fn cpu_shut_down(log: &str) -> bool {
 ///
 /// # Errors
 /// If one was not loaded as meant: such a run proves nothing.
-pub fn check_msrs(quirk: Option<Quirk>, log: &str) -> Result<()> {
-    match sld_msrs(quirk).into_iter().map(msr_loaded).find(|line| !log.contains(line)) {
+pub fn check_msrs(config: &MachineConfig, log: &str) -> Result<()> {
+    match extra_msrs(config).into_iter().map(msr_loaded).find(|line| !log.contains(line)) {
         Some(line) => bail!("Bochs did not load an MSR as meant; its log lacks {line:?}"),
         None => Ok(()),
     }
@@ -378,7 +436,7 @@ mod tests {
             memory_mib: 512,
             ..MachineConfig::default()
         };
-        let text = bochsrc(&config, "disk.img", ["one.txt", "two.txt"]);
+        let text = bochsrc(&config, None, "disk.img", ["one.txt", "two.txt"]);
         assert!(text.contains("cpu: model=tigerlake, count=4, "), "{text}");
         assert!(text.contains(r#", msrs="msrs.def""#), "{text}");
         assert!(text.contains("memory: guest=512, host=512\n"), "{text}");
@@ -386,11 +444,18 @@ mod tests {
         assert!(text.contains("com1: enabled=1, mode=file, dev=one.txt\n"), "{text}");
         assert!(text.contains("com2: enabled=1, mode=file, dev=two.txt\n"), "{text}");
 
-        let without = bochsrc(&MachineConfig { sld: false, ..config.clone() }, "d", ["1", "2"]);
-        assert!(!without.contains("msrs.def"), "{without}");
+        assert!(text.contains("romimage: file=$BXSHARE/BIOS-bochs-latest\n"), "{text}");
 
-        let smt = MachineConfig { cpus: "1:2:2".parse().unwrap(), ..config };
-        assert!(bochsrc(&smt, "d", ["1", "2"]).contains("count=1:2:2, "));
+        let with = |config: MachineConfig, rom| bochsrc(&config, rom, "d", ["1", "2"]);
+        let without = with(MachineConfig { sld: false, ..config.clone() }, None);
+        assert!(!without.contains("msrs.def"), "{without}");
+        let uefi = with(config.clone(), Some(0xffc0_0000));
+        assert!(uefi.contains("romimage: file=uefi.fd, address=0xffc00000\n"), "{uefi}");
+        assert!(uefi.contains("fw_cfg: enabled=1\n") && !uefi.contains("BIOS-bochs"), "{uefi}");
+        let smt = MachineConfig { cpus: "1:2:2".parse().unwrap(), ..config.clone() };
+        assert!(with(smt, None).contains("count=1:2:2, "));
+        let large = with(MachineConfig { memory_mib: 6144, ..config }, None);
+        assert!(large.contains("memory: guest=6144, host=1024\n"), "{large}");
     }
 
     fn msr_lines(quirk: Option<Quirk>) -> String {
@@ -413,10 +478,11 @@ mod tests {
         let log = "\
             loaded MSR[0x033] type=2 00000000:00000000 ffffffff:dfffffff 00000000:00000000\n\
             loaded MSR[0x0cf] type=2 00000000:00000020 ffffffff:ffffffff 00000000:00000000\n";
-        let check = |log: &str| check_msrs(None, log);
+        let check = |log: &str| check_msrs(&MachineConfig::default(), log);
         assert!(check(log).is_ok());
         assert!(check(log.lines().next().unwrap()).is_err());
         assert!(check(&log.replace("dfffffff", "ffffffff")).is_err());
-        assert!(check_msrs(Some(Quirk::StuckOn), log).is_err());
+        let stuck = MachineConfig { quirk: Some(Quirk::StuckOn), ..MachineConfig::default() };
+        assert!(check_msrs(&stuck, log).is_err());
     }
 }

@@ -45,6 +45,7 @@ const NEEDED: &[&str] = &[
     "usr/bin/qemu-system-x86_64",
     "usr/share/seabios/bios-256k.bin",
     "usr/share/OVMF/OVMF_CODE_4M.fd",
+    "usr/share/OVMF/OVMF_VARS_4M.fd",
 ];
 
 /// A complete root.

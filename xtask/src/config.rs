@@ -21,11 +21,26 @@ pub enum SldMode {
     Fatal,
 }
 
+/// What the machine does when all is over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum AtEnd {
+    /// The last page stays on the screen.
+    Stay,
+    /// It switches itself off.
+    PowerOff,
+    /// It restarts.
+    Reboot,
+}
+
 /// The file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct HvConfig {
     /// The host's mode.
     pub sld: SldMode,
+    /// What the machine does at the end; it stays on without it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub at_end: Option<AtEnd>,
     /// A vCPU's turn, in ticks of the time-stamp counter.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub slice_ticks: Option<u64>,
@@ -149,10 +164,12 @@ impl Default for Vm {
 }
 
 impl HvConfig {
-    /// These VMs, everything else as the hypervisor has it by default.
+    /// These VMs on a machine that switches itself off at the end, as emulators should; everything else as the
+    /// hypervisor has it by default.
     pub fn new(sld: SldMode, vms: Vec<Vm>) -> Self {
         Self {
             sld,
+            at_end: Some(AtEnd::PowerOff),
             slice_ticks: None,
             cpus: None,
             verify: false,
@@ -169,6 +186,157 @@ impl HvConfig {
     pub fn to_text(&self) -> Result<String> {
         Ok(toml::to_string(self)?)
     }
+
+    /// The text of the file for a person to edit: each key is explained, those that are left out too.
+    ///
+    /// # Errors
+    /// If a string cannot be written as TOML.
+    pub fn to_explained_text(&self) -> Result<String> {
+        let plain = self.to_text()?;
+        let mut text = String::from(HEAD);
+        // Of several VMs only the first one is explained.
+        let mut explained: Vec<&str> = Vec::new();
+        let mut in_vm = false;
+        for line in plain.lines() {
+            if line == "[[vm]]" && !in_vm {
+                in_vm = true;
+                push_left_out(&mut text, HOST_KEYS, &explained);
+                explained.clear();
+                text.push_str(
+                    "\n# The VMs, one [[vm]] each. They run at the same time, on all CPUs.\n",
+                );
+            } else if let Some((key, _)) = line.split_once(" = ") {
+                let keys = if in_vm { VM_KEYS } else { HOST_KEYS };
+                if let Some(known) = keys.iter().find(|known| known.name == key)
+                    && !explained.contains(&key)
+                {
+                    explained.push(key);
+                    if !in_vm {
+                        text.push('\n');
+                    }
+                    push_comment(&mut text, known.meaning);
+                }
+            }
+            // Blank lines come before the VMs but the first one.
+            if !line.is_empty() || text.contains("[[vm]]") {
+                text.push_str(line);
+                text.push('\n');
+            }
+        }
+        if in_vm {
+            text.push_str("\n# What else a VM can have, between its [[vm]] and the next one:\n");
+            push_left_out(&mut text, VM_KEYS, &explained);
+        } else {
+            push_left_out(&mut text, HOST_KEYS, &explained);
+        }
+        Ok(text)
+    }
+}
+
+/// A key as a person is told of it.
+struct Key {
+    name: &'static str,
+    /// A value for those that leave it out.
+    example: &'static str,
+    /// In lines.
+    meaning: &'static [&'static str],
+}
+
+/// The first lines of the file.
+const HEAD: &str = "\
+# What Unsplit does on this machine. Save it, eject the stick, boot.
+# Lines that start with # are not in force: take it away to set them.
+";
+
+const HOST_KEYS: &[Key] = &[
+    Key {
+        name: "sld",
+        example: "\"warn\"",
+        meaning: &[
+            "What happens about a split lock that is not the guest's own affair:",
+            "off: nothing. warn: the first one of a vCPU is reported, then it may.",
+            "fatal: the VM is stopped, the others go on.",
+        ],
+    },
+    Key {
+        name: "at_end",
+        example: "\"stay\"",
+        meaning: &[
+            "When all VMs have ended: stay (the results stay on the screen), power-off",
+            "or reboot.",
+        ],
+    },
+    Key {
+        name: "cpus",
+        example: "4",
+        meaning: &["How many CPUs are used at most; otherwise all, up to 64."],
+    },
+    Key {
+        name: "slice_ticks",
+        example: "1000000",
+        meaning: &["How long a vCPU's turn is, in ticks of the TSC."],
+    },
+    Key {
+        name: "verify",
+        example: "true",
+        meaning: &["Check all the time that the CPUs' real setting is the one that should be."],
+    },
+];
+
+const VM_KEYS: &[Key] = &[
+    Key { name: "name", example: "\"guest\"", meaning: &["1 to 31 of A-Z a-z 0-9 . _ -"] },
+    Key {
+        name: "image",
+        example: "\"guests/guest\"",
+        meaning: &["A file in the directory guests: an ELF file with a PVH entry."],
+    },
+    Key { name: "memory_mib", example: "32", meaning: &["Its memory, an even number of MiB."] },
+    Key {
+        name: "expose_sld",
+        example: "true",
+        meaning: &[
+            "Whether the guest is shown split-lock detection and can turn it on for itself.",
+        ],
+    },
+    Key { name: "cmdline", example: "\"\"", meaning: &["The guest's command line."] },
+    Key { name: "vcpus", example: "2", meaning: &["How many virtual CPUs it has, 1 to 16."] },
+    Key {
+        name: "policy",
+        example: "\"fatal\"",
+        meaning: &["Stricter than sld, for this VM: stop it at its first split lock."],
+    },
+    Key {
+        name: "weight",
+        example: "100",
+        meaning: &["Its share of the CPUs where they are short, 1 to 1000."],
+    },
+    Key {
+        name: "cpus",
+        example: "[0, 2]",
+        meaning: &["The CPUs that it may run on; 0 is the boot CPU."],
+    },
+    Key {
+        name: "limit_ticks",
+        example: "100000000000",
+        meaning: &["End it after so many ticks of the TSC."],
+    },
+];
+
+fn push_comment(text: &mut String, lines: &[&str]) {
+    for line in lines {
+        text.push_str("# ");
+        text.push_str(line);
+        text.push('\n');
+    }
+}
+
+/// The keys that are not in use, each turned off.
+fn push_left_out(text: &mut String, keys: &[Key], used: &[&str]) {
+    for Key { name, example, meaning } in keys.iter().filter(|key| !used.contains(&key.name)) {
+        text.push('\n');
+        push_comment(text, meaning);
+        text.push_str(&format!("#{name} = {example}\n"));
+    }
 }
 
 impl Setup {
@@ -178,6 +346,27 @@ impl Setup {
     /// # Errors
     /// If a guest is neither, or its file cannot be read.
     pub fn of_guests(sld: SldMode, names: &[String], expose_sld: bool) -> Result<Self> {
+        let (config, images) = Self::configure(sld, names, expose_sld)?;
+        Ok(Self { config: config.to_text()?, images })
+    }
+
+    /// As [`of_guests`](Self::of_guests), for a stick that boots a real machine: the file is for a person to
+    /// edit, and the results stay on the screen.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn of_guests_for_people(sld: SldMode, names: &[String], expose_sld: bool) -> Result<Self> {
+        let (config, images) = Self::configure(sld, names, expose_sld)?;
+        let config = HvConfig { at_end: None, ..config };
+        Ok(Self { config: config.to_explained_text()?, images })
+    }
+
+    /// Configuration and images for these guests.
+    fn configure(
+        sld: SldMode,
+        names: &[String],
+        expose_sld: bool,
+    ) -> Result<(HvConfig, Vec<(String, Source)>)> {
         let demonstration: Vec<String>;
         let names = if names.is_empty() {
             let demo = GUESTS.iter().filter(|guest| guest.demo);
@@ -202,7 +391,7 @@ impl Setup {
             vm.name = unique(&vm.name, &taken, MAX_NAME);
             vms.push(vm);
         }
-        Ok(Self { config: HvConfig::new(sld, vms).to_text()?, images })
+        Ok((HvConfig::new(sld, vms), images))
     }
 
     /// For a configuration that the user wrote. An image is a file beside it or, as `guests/NAME`, a test guest.
@@ -309,6 +498,7 @@ mod tests {
         let setup = Setup::of_guests(SldMode::Fatal, &names(&["sld-aware"]), false).unwrap();
         let expected = "\
 sld = \"fatal\"
+at_end = \"power-off\"
 
 [[vm]]
 name = \"sld-aware\"
@@ -345,6 +535,7 @@ cmdline = \"\"
         };
         let expected = "\
 sld = \"warn\"
+at_end = \"power-off\"
 slice_ticks = 20000
 cpus = 3
 verify = true
@@ -364,6 +555,39 @@ limit_ticks = 7
 cmdline = \"\"
 ";
         assert_eq!(config.to_text().unwrap(), expected);
+    }
+
+    #[test]
+    fn a_file_for_people_says_the_same_and_explains_every_key() {
+        let guests = names(&["sld-aware", "smp"]);
+        let plain = Setup::of_guests(SldMode::Warn, &guests, false).unwrap();
+        let explained = Setup::of_guests_for_people(SldMode::Warn, &guests, false).unwrap();
+        assert_eq!(explained.images, plain.images);
+        let mut meant: toml::Table = plain.config.parse().unwrap();
+        meant.remove("at_end");
+        assert_eq!(explained.config.parse::<toml::Table>().unwrap(), meant);
+        assert!(!explained.config.contains("\nat_end"), "{}", explained.config);
+
+        // Each key once with its meaning, and what is turned off is right once it is turned on.
+        for key in HOST_KEYS.iter().chain(VM_KEYS) {
+            let meaning = format!("# {}\n", key.meaning[0]);
+            assert_eq!(explained.config.matches(&meaning).count(), 1, "{}", key.name);
+        }
+        let on: String = explained
+            .config
+            .lines()
+            .map(|line| {
+                line.strip_prefix('#').filter(|rest| !rest.starts_with(' ')).unwrap_or(line)
+            })
+            .flat_map(|line| [line, "\n"])
+            .collect();
+        let table: toml::Table = on.parse().unwrap();
+        assert_eq!(table["at_end"].as_str(), Some("stay"));
+        assert_eq!(table["cpus"].as_integer(), Some(4));
+        assert_eq!(table["vm"][1]["weight"].as_integer(), Some(100));
+        for line in explained.config.lines() {
+            assert!(line.len() <= 80, "{line}");
+        }
     }
 
     #[test]

@@ -7,6 +7,7 @@ use anyhow::{Result, bail};
 use crate::bochs::{self, Bochs};
 use crate::cache;
 use crate::console;
+use crate::firmware::{self, Uefi};
 use crate::qemu::{self, Qemu};
 
 /// One line of the report.
@@ -31,7 +32,7 @@ enum State {
 /// # Errors
 /// If a run is impossible.
 pub fn run() -> Result<()> {
-    let findings = [toolchain(), linker(), bochs(), mmdebstrap(), qemu(), kvm()];
+    let findings = [toolchain(), linker(), bochs(), mmdebstrap(), qemu(), uefi(), kvm()];
     for Finding { what, state, text } in &findings {
         let mark = match state {
             State::Found => "ok",
@@ -130,6 +131,19 @@ fn qemu() -> Finding {
             Finding { what, state: State::Optional, text: "fetched together with Bochs".to_owned() }
         }
     }
+}
+
+/// What `--firmware uefi` boots with.
+fn uefi() -> Finding {
+    let what = "UEFI";
+    let (state, text) = match (Uefi::on_host(), Uefi::in_cache()) {
+        (Some(host), _) if matches!(Qemu::existing(), Some(Qemu::Host(_))) => {
+            (State::Found, host.to_string())
+        }
+        (_, Some(cached)) => (State::Found, cached.to_string()),
+        _ => (State::Optional, format!("fetched together with Bochs; or {}", firmware::INSTALL)),
+    };
+    Finding { what, state, text }
 }
 
 fn kvm() -> Finding {

@@ -136,6 +136,23 @@ pub enum Body {
         /// The panic message.
         message: String,
     },
+    /// The hardware has failed; each bank that says how is an event.
+    MachineCheck {
+        /// The VM whose guest ran.
+        #[serde(default)]
+        vm: Option<String>,
+        /// The bank, if one holds an error.
+        #[serde(default)]
+        bank: Option<u8>,
+        /// Its status.
+        #[serde(default)]
+        status: Option<Address>,
+        /// The address that it has to do with.
+        #[serde(default)]
+        address: Option<Address>,
+        /// What was done: `go-on` or `end-vm`.
+        verdict: String,
+    },
     /// An invariant did not hold.
     Violation {
         /// Which, and how.
@@ -211,6 +228,10 @@ pub struct Totals {
     pub kill: u64,
     /// NMIs that the hypervisor took.
     pub nmis: u64,
+    /// Those of them that it has not sent.
+    pub unknown_nmis: u64,
+    /// Errors that the hardware has corrected.
+    pub corrected_errors: u64,
     /// vCPU loads.
     pub loads: u64,
     /// Those on another CPU than before.
@@ -229,7 +250,7 @@ impl Event {
             | Body::VcpuEnd { vm, .. }
             | Body::VmEnd { vm, .. }
             | Body::VmRefused { vm, .. } => Some(vm),
-            Body::RealBit { vm, .. } => vm.as_deref(),
+            Body::RealBit { vm, .. } | Body::MachineCheck { vm, .. } => vm.as_deref(),
             _ => None,
         }
     }

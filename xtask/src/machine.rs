@@ -4,7 +4,7 @@ use std::fmt::{self, Display};
 use std::fs::{self, File};
 use std::io::Read;
 use std::os::unix::process::CommandExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
@@ -14,7 +14,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::bochs::{self, Bochs};
 use crate::console;
-use crate::events::{self, Event, Truth};
+use crate::events::{self, Body, Event, Truth};
+use crate::firmware::{Firmware, Plain};
 use crate::qemu::{self, Qemu};
 use crate::shim;
 use crate::topology::Topology;
@@ -71,6 +72,36 @@ pub enum Quirk {
     Undeclared,
 }
 
+/// How the disk is connected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum DiskBus {
+    /// As a PC's internal disk.
+    #[default]
+    Ide,
+    /// As a stick (QEMU only).
+    Usb,
+}
+
+/// A value that is written to an MSR.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MsrWrite {
+    /// On this CPU only.
+    pub cpu: Option<u32>,
+    /// Its number.
+    pub number: u32,
+    /// The value.
+    pub value: u64,
+}
+
+/// What befalls the machine when a guest splits a lock for the first time.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Mishap {
+    /// An NMI that no CPU has sent.
+    Nmi,
+    /// A machine check on that CPU, with these values in its machine-check MSRs. The access is not made.
+    MachineCheck(Vec<MsrWrite>),
+}
+
 /// A machine.
 #[derive(Clone, Debug)]
 pub struct MachineConfig {
@@ -78,6 +109,10 @@ pub struct MachineConfig {
     pub emulator: Emulator,
     /// Disk image that it boots; the machine works on a copy.
     pub image: PathBuf,
+    /// How that is connected.
+    pub bus: DiskBus,
+    /// What boots it.
+    pub firmware: Firmware,
     /// Its CPUs.
     pub cpus: Topology,
     /// Bochs' CPU model.
@@ -97,8 +132,14 @@ pub struct MachineConfig {
     pub quirk: Option<Quirk>,
     /// What MSR 0x33 belongs to (Bochs only).
     pub scope: SldScope,
+    /// What the firmware leaves in MSRs (Bochs only).
+    pub left_over: Vec<MsrWrite>,
+    /// What befalls it (Bochs only).
+    pub mishap: Option<Mishap>,
     /// Whether a profile of the hypervisor is recorded (Bochs only).
     pub profile: bool,
+    /// More arguments for QEMU, which runs in the machine's directory.
+    pub qemu_arguments: Vec<String>,
     /// A machine that says nothing for so long is stopped. One that goes on talking is stopped after
     /// [`LIMIT`] times as long.
     pub timeout: Duration,
@@ -113,14 +154,19 @@ impl Default for MachineConfig {
         Self {
             emulator: Emulator::Bochs,
             image: PathBuf::new(),
+            bus: DiskBus::Ide,
+            firmware: Firmware::Bios,
             cpus: 1.into(),
             model: "arrow_lake".to_owned(),
             memory_mib: 256,
             ips: 4_000_000,
             sld: true,
             quirk: None,
+            left_over: Vec::new(),
+            mishap: None,
             scope: SldScope::Core,
             profile: false,
+            qemu_arguments: Vec::new(),
             timeout: Duration::from_secs(60),
         }
     }
@@ -144,6 +190,8 @@ pub struct RunOutcome {
 pub enum Exit {
     /// It powered itself off.
     PoweredOff,
+    /// It said its last words, stayed on, and was ended.
+    Stayed,
     /// A CPU shut itself down: a triple fault outside guests.
     CpuShutdown,
     /// The loader could not start the hypervisor, said why, and stopped.
@@ -166,6 +214,7 @@ impl Display for Exit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::PoweredOff => write!(f, "the machine powered itself off"),
+            Self::Stayed => write!(f, "the machine stays on, as configured"),
             Self::CpuShutdown => write!(f, "a CPU shut down: triple fault in the hypervisor"),
             Self::LoaderStopped => write!(f, "the loader could not start the hypervisor"),
             Self::TimedOut { seconds } => {
@@ -221,20 +270,22 @@ pub fn record(config: &MachineConfig, on_serial: &mut dyn FnMut(&[u8])) -> Resul
     let mut command = match config.emulator {
         Emulator::Bochs => bochs_command(config, &directory)?,
         Emulator::Qemu(accelerator) => {
-            Qemu::ensure()?.machine(config, accelerator, DISK, [SERIAL, EVENTS])
+            let mut command = qemu_command(config, accelerator, &directory)?;
+            command.arg("-no-reboot");
+            command
         }
     };
-    command.current_dir(&directory.0);
+    command.current_dir(directory.path());
     let exit = match watch(command, config, &directory, on_serial)? {
         Watched::Stopped(exit) => exit,
         Watched::Ended(status) => exit_of(config.emulator, status, directory.text(OUTPUT)?),
     };
-    if config.emulator == Emulator::Bochs && config.sld && !matches!(exit, Exit::Died { .. }) {
-        bochs::check_msrs(config.quirk, &directory.text(bochs::file::LOG)?)?;
+    if config.emulator == Emulator::Bochs && !matches!(exit, Exit::Died { .. }) {
+        bochs::check_msrs(config, &directory.text(bochs::file::LOG)?)?;
     }
     Ok(Recording {
-        serial: directory.text(SERIAL)?,
-        events: directory.text(EVENTS)?,
+        serial: directory.serial(config.firmware)?,
+        events: directory.events(config.firmware)?,
         truth: directory.text(TRUTH)?,
         profile: directory.text(PROFILE)?,
         exit,
@@ -242,21 +293,30 @@ pub fn record(config: &MachineConfig, on_serial: &mut dyn FnMut(&[u8])) -> Resul
 }
 
 /// Names of the files in the machine's directory.
-const DISK: &str = "disk.img";
+pub(crate) const DISK: &str = "disk.img";
 const SERIAL: &str = "serial.txt";
 const EVENTS: &str = "events.jsonl";
 const TRUTH: &str = "truth.jsonl";
 const PROFILE: &str = "profile.jsonl";
-const OUTPUT: &str = "output.txt";
+pub(crate) const OUTPUT: &str = "output.txt";
 
 impl MachineConfig {
-    fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         self.cpus.check()?;
+        if self.emulator == Emulator::Bochs
+            && (self.bus != DiskBus::Ide || !self.qemu_arguments.is_empty())
+        {
+            bail!("only QEMU can make machines with a USB stick or with other devices");
+        }
         if self.emulator != Emulator::Bochs && (!self.sld || self.quirk.is_some()) {
             bail!("only Bochs can make machines with and without split-lock detection");
         }
         if !self.sld && self.quirk.is_some() {
             bail!("split-lock detection that is not there cannot be odd");
+        }
+        let unusual = !self.left_over.is_empty() || self.mishap.is_some();
+        if self.emulator != Emulator::Bochs && unusual {
+            bail!("only Bochs can make machines whose firmware or hardware is odd");
         }
         Ok(())
     }
@@ -277,7 +337,37 @@ fn bochs_command(config: &MachineConfig, directory: &Directory) -> Result<Comman
     if config.profile {
         command.env("SLD_SHIM_PROFILE", PROFILE);
     }
+    let words = |writes: &[MsrWrite]| {
+        let word = |MsrWrite { cpu, number, value }: &MsrWrite| {
+            let cpu = cpu.map(|cpu| format!("{cpu:x}:")).unwrap_or_default();
+            format!(",{cpu}{number:x}={value:x}")
+        };
+        writes.iter().map(word).collect::<String>()
+    };
+    match &config.mishap {
+        None => {}
+        Some(Mishap::Nmi) => {
+            command.env("SLD_SHIM_MISHAP", "nmi");
+        }
+        Some(Mishap::MachineCheck(writes)) => {
+            command.env("SLD_SHIM_MISHAP", format!("mc{}", words(writes)));
+        }
+    }
+    if !config.left_over.is_empty() {
+        command.env("SLD_SHIM_MSRS", &words(&config.left_over)[1..]);
+    }
     Ok(command)
+}
+
+/// The command that runs the machine in QEMU. What it is told of monitors and resets is the caller's.
+pub(crate) fn qemu_command(
+    config: &MachineConfig,
+    accelerator: Accelerator,
+    directory: &Directory,
+) -> Result<Command> {
+    let qemu = Qemu::ensure()?;
+    let uefi = qemu.install_firmware(config, directory.path())?;
+    Ok(qemu.machine(config, accelerator, uefi.as_ref(), DISK, [SERIAL, EVENTS]))
 }
 
 fn exit_of(emulator: Emulator, status: ExitStatus, output: String) -> Exit {
@@ -289,10 +379,10 @@ fn exit_of(emulator: Emulator, status: ExitStatus, output: String) -> Exit {
 }
 
 /// A directory for one machine, removed when dropped.
-struct Directory(PathBuf);
+pub(crate) struct Directory(PathBuf);
 
 impl Directory {
-    fn new() -> Result<Self> {
+    pub(crate) fn new() -> Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let path = crate::target_directory().join(format!("machines/{}-{number}", process::id()));
@@ -304,12 +394,37 @@ impl Directory {
         Ok(Self(path))
     }
 
-    fn file(&self, name: &str) -> PathBuf {
+    pub(crate) fn path(&self) -> &Path {
+        &self.0
+    }
+
+    pub(crate) fn file(&self, name: &str) -> PathBuf {
         self.0.join(name)
     }
 
+    /// What was written to the first serial port.
+    pub(crate) fn serial(&self, firmware: Firmware) -> Result<String> {
+        let text = self.text(SERIAL)?;
+        Ok(match firmware {
+            Firmware::Bios => text,
+            Firmware::Uefi => {
+                String::from_utf8_lossy(&Plain::default().take(text.as_bytes())).into_owned()
+            }
+        })
+    }
+
+    /// The events on the second serial port.
+    pub(crate) fn events(&self, firmware: Firmware) -> Result<String> {
+        let text = self.text(EVENTS)?;
+        Ok(match firmware {
+            Firmware::Bios => text,
+            // Such firmware writes to all serial ports what it writes to its screen.
+            Firmware::Uefi => text[text.find(FIRST_EVENT).unwrap_or(text.len())..].to_owned(),
+        })
+    }
+
     /// A file's text, empty if the file was never made.
-    fn text(&self, name: &str) -> Result<String> {
+    pub(crate) fn text(&self, name: &str) -> Result<String> {
         match fs::read(self.file(name)) {
             Ok(bytes) => Ok(String::from_utf8_lossy(&bytes).into_owned()),
             Err(why) if why.kind() == io::ErrorKind::NotFound => Ok(String::new()),
@@ -325,8 +440,11 @@ impl Drop for Directory {
     }
 }
 
+/// How the stream of events begins.
+const FIRST_EVENT: &str = "{\"seq\":0,";
+
 /// A running emulator, killed when dropped.
-struct Running(Child);
+pub(crate) struct Running(pub(crate) Child);
 
 impl Drop for Running {
     fn drop(&mut self) {
@@ -336,8 +454,30 @@ impl Drop for Running {
     }
 }
 
-/// The loader's last words, after which it halts for ever.
-const LOADER_STOPPED: &[u8] = b"boot: stopped\r\n";
+impl Running {
+    /// Starts it. If this process is killed, so is the emulator.
+    pub(crate) fn start(mut command: Command) -> Result<Self> {
+        die_with_parent(&mut command);
+        let shown = console::render(&command);
+        console::verbose(&format!("$ {shown}"));
+        command.spawn().map(Self).with_context(|| format!("cannot run {shown}"))
+    }
+}
+
+/// The loader's last words, a line of their own, after which it halts for ever.
+const LOADER_STOPPED: &[u8] = b"boot: stopped";
+
+/// Takes a whole line from the start of what was read.
+fn take_line(read: &mut Vec<u8>) -> Option<Vec<u8>> {
+    let end = read.iter().position(|byte| *byte == b'\n')?;
+    Some(read.drain(..=end).collect())
+}
+
+/// Whether a line of the second serial port is an event after which the hypervisor does nothing more.
+fn is_last_event(line: &[u8]) -> bool {
+    let event = serde_json::from_slice::<Event>(line).map(|event| event.body);
+    matches!(event, Ok(Body::Shutdown { .. } | Body::Refused { .. } | Body::Panic { .. }))
+}
 
 enum Watched {
     Ended(ExitStatus),
@@ -355,37 +495,46 @@ fn watch(
     /// For the characters that the UART still holds when a CPU shuts down.
     const DRAIN: Duration = Duration::from_millis(500);
 
+    /// For what a machine does between its last event and its end.
+    const STAYS: Duration = Duration::from_secs(2);
+
     let output = File::create(directory.file(OUTPUT))?;
     command.stdin(Stdio::null()).stdout(output.try_clone()?).stderr(output);
-    die_with_parent(&mut command);
-    let shown = console::render(&command);
-    console::verbose(&format!("$ {shown}"));
-    let child = command.spawn().with_context(|| format!("cannot run {shown}"))?;
-    let mut running = Running(child);
+    let mut running = Running::start(command)?;
 
     let started = Instant::now();
     let mut last_progress = started;
     let mut serial = Tail::new(directory.file(SERIAL));
-    let mut others = [EVENTS, TRUTH].map(|name| Tail::new(directory.file(name)));
+    let mut events = Tail::new(directory.file(EVENTS));
+    let mut truth = Tail::new(directory.file(TRUTH));
     let mut log = Tail::new(directory.file(bochs::file::LOG));
     let mut logged = String::new();
     let mut shut_down = false;
-    let mut last_line = Vec::new();
+    let mut said_last = false;
+    let mut plain = (config.firmware == Firmware::Uefi).then(Plain::default);
+    let [mut lines, mut event_lines] = [const { Vec::new() }; 2];
     loop {
         // Asked before the files are read, so that nothing written before the end is missed.
         let ended = running.0.try_wait()?;
-        let written = serial.read_new()?;
-        on_serial(&written);
-        last_line.extend(&written);
-        if last_line.ends_with(LOADER_STOPPED) {
-            return Ok(Watched::Stopped(Exit::LoaderStopped));
-        }
-        let excess = last_line.len().saturating_sub(LOADER_STOPPED.len());
-        last_line.drain(..excess);
+        let mut written = serial.read_new()?;
         let mut progress = !written.is_empty();
-        for file in &mut others {
-            progress |= !file.read_new()?.is_empty();
+        if let Some(plain) = &mut plain {
+            written = plain.take(&written);
         }
+        on_serial(&written);
+        lines.extend(written);
+        while let Some(line) = take_line(&mut lines) {
+            if line.trim_ascii() == LOADER_STOPPED {
+                return Ok(Watched::Stopped(Exit::LoaderStopped));
+            }
+        }
+        let new_events = events.read_new()?;
+        progress |= !new_events.is_empty();
+        event_lines.extend(new_events);
+        while let Some(line) = take_line(&mut event_lines) {
+            said_last |= is_last_event(&line);
+        }
+        progress |= !truth.read_new()?.is_empty();
         if let Some(status) = ended {
             return Ok(Watched::Ended(status));
         }
@@ -399,6 +548,9 @@ fn watch(
         }
         if shut_down && now - last_progress > DRAIN {
             return Ok(Watched::Stopped(Exit::CpuShutdown));
+        }
+        if said_last && now - last_progress > STAYS {
+            return Ok(Watched::Stopped(Exit::Stayed));
         }
         if now - last_progress > config.timeout || now - started > config.timeout * LIMIT {
             let seconds = (now - started).as_secs();
@@ -495,6 +647,65 @@ mod tests {
         assert!(matches!(watched, Watched::Stopped(Exit::TimedOut { .. })));
     }
 
+    const LAST_EVENT: &str = r#"{"seq":0,"tsc":1,"cpu":0,"event":"shutdown","counters":{}}"#;
+
+    #[test]
+    fn a_machine_that_stays_on_after_its_last_event_is_ended() {
+        let script = format!("echo '{LAST_EVENT}' > {EVENTS}; exec sleep 60");
+        let (watched, _) = watch_shell(&script, Duration::from_secs(60));
+        assert!(matches!(watched, Watched::Stopped(Exit::Stayed)));
+    }
+
+    #[test]
+    fn a_machine_may_take_its_time_after_its_last_event() {
+        let script = format!(
+            "echo '{LAST_EVENT}' > {EVENTS}; sleep 1.2; echo more > {SERIAL}; sleep 1.2; exit 3"
+        );
+        let (watched, seen) = watch_shell(&script, Duration::from_secs(60));
+        let Watched::Ended(status) = watched else { panic!("stopped") };
+        assert_eq!((status.code(), seen.as_str()), (Some(3), "more\n"));
+    }
+
+    #[test]
+    fn only_some_events_are_the_last() {
+        for (event, last) in [
+            (r#""event":"refused","why":"no VT-x""#, true),
+            (r#""event":"panic","message":"oh""#, true),
+            (r#""event":"real-bit","on":true,"why":"shutdown""#, false),
+            (r#""event":"violation","what":"panic""#, false),
+        ] {
+            let line = format!("{{\"seq\":1,\"tsc\":1,\"cpu\":0,{event}}}\n");
+            assert_eq!(is_last_event(line.as_bytes()), last, "{event}");
+        }
+        assert!(is_last_event(LAST_EVENT.as_bytes()));
+        assert!(!is_last_event(&LAST_EVENT.as_bytes()[..40]));
+    }
+
+    #[test]
+    fn a_loader_that_gives_up_ends_a_run_and_a_guest_that_quotes_it_does_not() {
+        let script = format!("printf '[vm] boot: stopped\\r\\n' > {SERIAL}; sleep 0.3; exit 3");
+        let (watched, _) = watch_shell(&script, Duration::from_secs(60));
+        assert!(matches!(watched, Watched::Ended(_)));
+        let script = format!(
+            "printf 'boot: no kernel\\r\\nboot: stop' > {SERIAL}; sleep 0.1; \
+             printf 'ped\\r\\n' >> {SERIAL}; exec sleep 60"
+        );
+        let (watched, _) = watch_shell(&script, Duration::from_secs(60));
+        assert!(matches!(watched, Watched::Stopped(Exit::LoaderStopped)));
+    }
+
+    #[test]
+    fn what_firmware_writes_is_not_part_of_the_events() {
+        let directory = Directory::new().unwrap();
+        fs::write(directory.file(EVENTS), format!("\x1b[2JBdsDxe: starting\r\n{LAST_EVENT}\n"))
+            .unwrap();
+        fs::write(directory.file(SERIAL), "\x1b[2J\x1b[001;001HBdsDxe: starting\r\n").unwrap();
+        assert_eq!(directory.events(Firmware::Uefi).unwrap(), format!("{LAST_EVENT}\n"));
+        assert_eq!(directory.serial(Firmware::Uefi).unwrap(), "BdsDxe: starting\r\n");
+        fs::write(directory.file(EVENTS), "\x1b[2JBdsDxe: starting\r\n").unwrap();
+        assert_eq!(directory.events(Firmware::Uefi).unwrap(), "");
+    }
+
     #[test]
     fn a_triple_fault_ends_a_run_at_once() {
         let log = bochs::file::LOG;
@@ -513,5 +724,7 @@ mod tests {
         let emulator = Emulator::Qemu(Accelerator::Tcg);
         let qemu = MachineConfig { emulator, quirk, ..MachineConfig::default() };
         assert!(qemu.check().is_err());
+        let stick = MachineConfig { bus: DiskBus::Usb, ..MachineConfig::default() };
+        assert!(stick.check().is_err());
     }
 }

@@ -6,10 +6,12 @@ use std::process::ExitCode;
 use anyhow::Result;
 use clap::{Parser, Subcommand};
 use xtask::bench::BenchArgs;
-use xtask::run::{RunArgs, SetupArgs};
+use xtask::flash::FlashArgs;
+use xtask::run::RunArgs;
+use xtask::stick::{ReportArgs, StickArgs};
 use xtask::stress::StressArgs;
 use xtask::system::System;
-use xtask::{bench, console, doctor, run, stress, suite};
+use xtask::{bench, console, doctor, flash, run, stick, stress, suite};
 
 /// Builds, boots and tests the hypervisor.
 #[derive(Parser)]
@@ -28,14 +30,18 @@ enum Task {
     Doctor,
     /// Build the loader, the hypervisor and the test guests.
     Build,
-    /// Write a disk image that boots the hypervisor on a PC with a BIOS.
+    /// Write a disk image that boots the hypervisor on a PC, by BIOS or UEFI.
     Image {
         /// The image.
         #[arg(long, value_name = "FILE")]
         out: PathBuf,
         #[command(flatten)]
-        setup: SetupArgs,
+        stick: StickArgs,
     },
+    /// Write such an image to a USB stick, check it, and leave the rest of the stick unused.
+    Flash(FlashArgs),
+    /// Print the log that the last run left on a stick, with what to do with it.
+    Report(ReportArgs),
     /// Boot the hypervisor in an emulator, run guests, show what was decided.
     Run(RunArgs),
     /// Run VMs of several vCPUs on several CPUs, move them about all the time, and check everything that they did.
@@ -65,13 +71,10 @@ fn main() -> ExitCode {
 fn perform(task: Task) -> Result<()> {
     match task {
         Task::Doctor => doctor::run(),
-        Task::Build => System::build().map(drop),
-        Task::Image { out, setup } => {
-            let setup = setup.setup()?;
-            System::build()?.disk(&setup, &out)?;
-            println!("{}", out.display());
-            Ok(())
-        }
+        Task::Build => System::build()?.check(),
+        Task::Image { out, stick } => stick::image(&stick, &out),
+        Task::Flash(arguments) => flash::run(&arguments),
+        Task::Report(arguments) => stick::report(&arguments),
         Task::Run(arguments) => run::run(&arguments),
         Task::Stress(arguments) => stress::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),

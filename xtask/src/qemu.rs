@@ -8,7 +8,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::cache::{self, Root};
 use crate::console;
-use crate::machine::{Accelerator, MachineConfig};
+use crate::firmware::{Firmware, Uefi};
+use crate::machine::{Accelerator, DiskBus, MachineConfig};
 use crate::topology::Topology;
 
 /// A QEMU that can be used.
@@ -21,6 +22,8 @@ pub enum Qemu {
 }
 
 const PROGRAM: &str = "qemu-system-x86_64";
+/// The machine's own copy of its firmware's variables.
+const VARIABLES: &str = "uefi-variables.fd";
 
 impl Qemu {
     /// The host's QEMU or the cached one, if one is there.
@@ -72,11 +75,33 @@ impl Qemu {
         }
     }
 
-    /// The command that runs the machine, in its directory.
+    /// Puts UEFI firmware for a machine into its directory, if it has UEFI.
+    ///
+    /// # Errors
+    /// If there is none and none can be fetched, or if it cannot be copied.
+    pub fn install_firmware(
+        &self,
+        config: &MachineConfig,
+        directory: &Path,
+    ) -> Result<Option<Uefi>> {
+        if config.firmware == Firmware::Bios {
+            return Ok(None);
+        }
+        let uefi = Uefi::ensure(matches!(self, Self::Host(_)))?;
+        console::verbose(&format!("UEFI firmware: {uefi}"));
+        let variables = PathBuf::from(VARIABLES);
+        let bytes = fs::read(&uefi.variables)
+            .with_context(|| format!("cannot read {}", uefi.variables.display()))?;
+        fs::write(directory.join(&variables), bytes)?;
+        Ok(Some(Uefi { variables, ..uefi }))
+    }
+
+    /// The command that runs the machine, in its directory. `uefi` is its firmware, if it has UEFI.
     pub fn machine(
         &self,
         config: &MachineConfig,
         accelerator: Accelerator,
+        uefi: Option<&Uefi>,
         disk: &str,
         serial: [&str; 2],
     ) -> Command {
@@ -90,11 +115,26 @@ impl Qemu {
             .args(["-accel", accelerator, "-cpu", cpu])
             .args(["-smp", &format!("sockets={packages},cores={cores},threads={threads}")])
             .args(["-m", &config.memory_mib.to_string()])
-            .args(["-drive", &format!("file={disk},format=raw,if=ide")])
-            .args(["-display", "none", "-monitor", "none", "-nic", "none", "-no-reboot"]);
+            .args(["-display", "none", "-monitor", "none", "-nic", "none"]);
+        if let Some(Uefi { code, variables }) = uefi {
+            let flash = |unit, file: &Path, rights| {
+                let file = file.display();
+                format!("if=pflash,unit={unit},format=raw,file={file}{rights}")
+            };
+            command.args(["-drive", &flash(0, code, ",readonly=on")]);
+            command.args(["-drive", &flash(1, variables, "")]);
+        }
+        let drive = format!("file={disk},format=raw");
+        match config.bus {
+            DiskBus::Ide => command.args(["-drive", &format!("{drive},if=ide")]),
+            DiskBus::Usb => command
+                .args(["-drive", &format!("{drive},if=none,id=stick"), "-device", "qemu-xhci"])
+                .args(["-device", "usb-storage,drive=stick,removable=on,bootindex=0"]),
+        };
         for file in serial {
             command.args(["-serial", &format!("file:{file}")]);
         }
+        command.args(&config.qemu_arguments);
         command
     }
 }
@@ -139,15 +179,29 @@ mod tests {
         let cpus = Topology { packages: 1, cores: 3, threads: 2 };
         let config = MachineConfig { cpus, memory_mib: 300, ..MachineConfig::default() };
         let qemu = Qemu::Host(PathBuf::from("qemu"));
-        let shown = console::render(&qemu.machine(
-            &config,
-            Accelerator::Tcg,
-            "disk.img",
-            ["a.txt", "b.txt"],
-        ));
+        let render = |config: &MachineConfig, uefi: Option<&Uefi>| {
+            let serial = ["a.txt", "b.txt"];
+            console::render(&qemu.machine(config, Accelerator::Tcg, uefi, "disk.img", serial))
+        };
+        let shown = render(&config, None);
         assert!(shown.contains("-accel tcg -cpu max "), "{shown}");
         assert!(shown.contains(" -smp sockets=1,cores=3,threads=2 -m 300 "), "{shown}");
-        assert!(shown.contains("file=disk.img,format=raw"), "{shown}");
+        assert!(shown.contains("-drive file=disk.img,format=raw,if=ide"), "{shown}");
         assert!(shown.ends_with("-serial file:a.txt -serial file:b.txt"), "{shown}");
+        assert!(!shown.contains("pflash"), "{shown}");
+
+        let (code, variables) = ("/firmware/code.fd".into(), "mine.fd".into());
+        let config = MachineConfig {
+            firmware: Firmware::Uefi,
+            bus: DiskBus::Usb,
+            qemu_arguments: vec!["-S".to_owned()],
+            ..config
+        };
+        let shown = render(&config, Some(&Uefi { code, variables }));
+        let flash = "-drive if=pflash,unit=0,format=raw,file=/firmware/code.fd,readonly=on \
+                     -drive if=pflash,unit=1,format=raw,file=mine.fd ";
+        assert!(shown.contains(flash), "{shown}");
+        assert!(shown.contains("-device usb-storage,drive=stick,"), "{shown}");
+        assert!(!shown.contains("if=ide") && shown.ends_with(" -S"), "{shown}");
     }
 }

@@ -30,7 +30,11 @@ pub fn judge(outcome: &RunOutcome) -> Result<(), String> {
         }
     }
     match &outcome.exit {
-        Exit::PoweredOff if events().any(|body| matches!(body, Body::Shutdown { .. })) => Ok(()),
+        Exit::PoweredOff | Exit::Stayed
+            if events().any(|body| matches!(body, Body::Shutdown { .. })) =>
+        {
+            Ok(())
+        }
         Exit::PoweredOff => Err("the machine went off, but not by an orderly shutdown".to_owned()),
         exit => Err(exit.to_string()),
     }
@@ -216,6 +220,7 @@ split-storm  warn    4      12345  1234        0            -        exit 33
     #[test]
     fn an_orderly_run_is_good_whatever_its_vms_did() {
         assert_eq!(judge(&outcome(RUN, Exit::PoweredOff)), Ok(()));
+        assert_eq!(judge(&outcome(RUN, Exit::Stayed)), Ok(()));
     }
 
     #[test]
@@ -236,6 +241,8 @@ split-storm  warn    4      12345  1234        0            -        exit 33
         assert!(judge(&counted).unwrap_err().contains("3 times"));
         let silent = outcome("", Exit::PoweredOff);
         assert!(judge(&silent).unwrap_err().contains("orderly"));
+        let unfinished = RUN.replace("shutdown", "other");
+        assert!(judge(&outcome(&unfinished, Exit::Stayed)).unwrap_err().contains("stays on"));
         for exit in [
             Exit::TimedOut { seconds: 5 },
             Exit::CpuShutdown,

@@ -9,6 +9,8 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 
 use crate::config::{Setup, SldMode};
+use crate::events::Body;
+use crate::firmware::Firmware;
 use crate::machine::{self, Emulator, MachineConfig};
 use crate::report;
 use crate::system::System;
@@ -26,7 +28,7 @@ pub struct SetupArgs {
     /// Show split-lock detection to the guests that are given as files (test guests know themselves).
     #[arg(long)]
     pub expose_sld: bool,
-    /// A configuration (hv.toml) of your own instead of a generated one. Its images are files beside it, or guests/NAME.
+    /// A configuration (hv.toml) of your own instead of a generated one. Its images are guests/NAME: files of a directory `guests` beside it, or test guests.
     #[arg(long, value_name = "FILE", conflicts_with_all = ["sld", "guest", "expose_sld"])]
     pub config: Option<PathBuf>,
 }
@@ -40,6 +42,17 @@ impl SetupArgs {
         match &self.config {
             Some(file) => Setup::of_file(file),
             None => Setup::of_guests(self.sld, &self.guest, self.expose_sld),
+        }
+    }
+
+    /// The same for a stick that people edit and boot a real machine from.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn stick_setup(&self) -> Result<Setup> {
+        match &self.config {
+            Some(file) => Setup::of_file(file),
+            None => Setup::of_guests_for_people(self.sld, &self.guest, self.expose_sld),
         }
     }
 }
@@ -61,6 +74,9 @@ pub struct RunArgs {
     /// The machine. Default: QEMU where KVM lets it have VT-x, else Bochs.
     #[arg(long, value_enum)]
     machine: Option<MachineArg>,
+    /// What boots it.
+    #[arg(long, value_enum, default_value = "bios")]
+    firmware: Firmware,
     /// The CPUs: how many, or how many packages, cores of each and threads of each of these.
     #[arg(long, default_value = "1", value_name = "N-or-PACKAGES:CORES:THREADS")]
     cpus: Topology,
@@ -124,6 +140,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
     let config = MachineConfig {
         emulator,
         image: disk.path().to_owned(),
+        firmware: args.firmware,
         cpus: args.cpus,
         model: args.model.clone(),
         memory_mib: args.memory,
@@ -142,7 +159,9 @@ pub fn run(args: &RunArgs) -> Result<()> {
         }
     }
     let outcome = recording.parse()?;
-    if outcome.events.iter().any(|event| event.vm().is_some()) {
+    // The hypervisor has shown a table of its own if it came to its end.
+    let is_over = outcome.events.iter().any(|event| matches!(event.body, Body::Shutdown { .. }));
+    if !is_over && outcome.events.iter().any(|event| event.vm().is_some()) {
         println!("\n{}", report::table(&outcome.events));
     }
     match report::judge(&outcome) {

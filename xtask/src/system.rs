@@ -7,24 +7,51 @@ use std::{fs, process};
 use anyhow::{Context, Result};
 
 use crate::config::{Setup, Source};
-use crate::image::{self, ImageSpec};
-use crate::{bare, target_directory};
+use crate::image::{self, ImageSpec, Size};
+use crate::{bare, links, target_directory};
 
 /// Everything that runs on the bare machine, built.
 #[derive(Clone, Debug)]
 pub struct System {
-    boot: PathBuf,
+    bios: PathBuf,
+    uefi: PathBuf,
     kernel: PathBuf,
     guests: Vec<(String, PathBuf)>,
 }
 
 impl System {
-    /// Builds the loader, the kernel and the test guests.
+    /// Builds the loaders, the kernel and the test guests.
     ///
     /// # Errors
     /// If cargo fails.
     pub fn build() -> Result<Self> {
-        Ok(Self { boot: bare::boot()?, kernel: bare::kernel()?, guests: bare::guests()? })
+        Ok(Self {
+            bios: bare::boot()?,
+            uefi: bare::uefi()?,
+            kernel: bare::kernel()?,
+            guests: bare::guests()?,
+        })
+    }
+
+    /// Checks that nothing in it is writable and executable, and that its code survives interrupts.
+    ///
+    /// # Errors
+    /// What is wrong, and where.
+    pub fn check(&self) -> Result<()> {
+        links::check_bios_stage(&self.bios)?;
+        links::check_uefi_stage(&self.uefi)?;
+        links::check_kernel(&self.kernel)?;
+        self.guests.iter().try_for_each(|(_, file)| links::check_guest(file))
+    }
+
+    /// ELF file of the BIOS stage.
+    pub fn bios(&self) -> &Path {
+        &self.bios
+    }
+
+    /// ELF file of the UEFI loader.
+    pub fn uefi(&self) -> &Path {
+        &self.uefi
     }
 
     /// The kernel's ELF file.
@@ -41,11 +68,19 @@ impl System {
         built.map(|(_, file)| &**file).with_context(|| format!("no guest {name:?} was built"))
     }
 
-    /// Writes a disk that boots the hypervisor with this configuration.
+    /// Writes a disk that boots the hypervisor with this configuration, as small as it can be.
     ///
     /// # Errors
-    /// If an image is missing or the disk cannot be written.
+    /// As for [`stick`](Self::stick).
     pub fn disk(&self, setup: &Setup, out: &Path) -> Result<()> {
+        self.stick(setup, Size::Smallest, out)
+    }
+
+    /// The same, of any size.
+    ///
+    /// # Errors
+    /// If an image is missing or cannot be on it, or the disk cannot be written.
+    pub fn stick(&self, setup: &Setup, size: Size, out: &Path) -> Result<()> {
         let files = setup.images.iter().map(|(path, source)| {
             let file = match source {
                 Source::Registered(name) => self.guest(name)?,
@@ -53,10 +88,15 @@ impl System {
             };
             Ok((path.clone(), file.to_owned()))
         });
-        let ramdisk = image::ramdisk(&setup.config, &files.collect::<Result<Vec<_>>>()?)?;
-        let spec = ImageSpec { boot: &self.boot, kernel: &self.kernel, ramdisk: &ramdisk, out };
-        image::build_bios(&spec)?;
-        Ok(())
+        image::write(&ImageSpec {
+            bios: &self.bios,
+            uefi: &self.uefi,
+            kernel: &self.kernel,
+            config: &setup.config,
+            guests: &files.collect::<Result<Vec<_>>>()?,
+            size,
+            out,
+        })
     }
 
     /// A disk as [`disk`](Self::disk) writes it, for one run.
@@ -64,11 +104,8 @@ impl System {
     /// # Errors
     /// As there.
     pub fn temporary_disk(&self, setup: &Setup) -> Result<TemporaryDisk> {
-        static NUMBER: AtomicU32 = AtomicU32::new(0);
-        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
-        let name = format!("disk-{}-{number}.img", process::id());
-        let disk = TemporaryDisk(target_directory().join(name));
-        self.disk(setup, &disk.0)?;
+        let disk = TemporaryDisk::new();
+        self.disk(setup, disk.path())?;
         Ok(disk)
     }
 }
@@ -78,6 +115,14 @@ impl System {
 pub struct TemporaryDisk(PathBuf);
 
 impl TemporaryDisk {
+    /// A place for one, in which nothing is yet.
+    pub(crate) fn new() -> Self {
+        static NUMBER: AtomicU32 = AtomicU32::new(0);
+        let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+        let name = format!("disk-{}-{number}.img", process::id());
+        Self(target_directory().join(name))
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.0
