@@ -4,12 +4,14 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
+use boot::disk::{SECTOR, Table};
 use libtest_mimic::Trial;
 use machine_tests::hypervisor::{boot, system};
 use machine_tests::{Disk, check, check_eq, run, trial};
 use xtask::config::{Setup, Source};
 use xtask::events::Body;
 use xtask::guests::{self, SUCCESS};
+use xtask::image::Geometry;
 use xtask::machine::{Exit, MachineConfig, RunOutcome};
 
 pub fn trials() -> Vec<Trial> {
@@ -32,12 +34,15 @@ pub fn trials() -> Vec<Trial> {
             refused(&setup(config, vec![])?, says)
         }));
     }
-    for (name, damage) in [
-        ("kernel", Damage::Flip { marker: b"\x7fELF\x02\x01\x01" }),
-        ("ramdisk", Damage::Flip { marker: b"hv.toml" }),
-        ("end", Damage::CutOff),
+    for (name, damage, says) in [
+        ("loader", Damage::Loader, "the loader is damaged"),
+        ("kernel", Damage::Kernel, "unsplit/kernel.elf is damaged"),
+        ("file_system", Damage::FileSystem, "the file system is damaged"),
+        ("configuration", Damage::NoConfiguration, "there is no hv.toml on the stick"),
+        ("end", Damage::CutOff, "the disk image is truncated"),
     ] {
-        trials.push(trial(format!("input::disk_with_damaged_{name}"), move || damaged(damage)));
+        trials
+            .push(trial(format!("input::disk_with_damaged_{name}"), move || damaged(damage, says)));
     }
     trials
 }
@@ -67,7 +72,7 @@ fn good_has_succeeded(outcome: &RunOutcome) -> Result<()> {
         _ => None,
     });
     check_eq(outcome, "status of the good VM", status, Some(u32::from(SUCCESS)))?;
-    check_eq(outcome, "end", &outcome.exit, &Exit::PoweredOff)
+    check_eq(outcome, "end", &outcome.exit, &Exit::Stayed)
 }
 
 fn vms() -> Result<()> {
@@ -123,7 +128,7 @@ fn refused(setup: &Setup, says: &str) -> Result<()> {
     });
     let named = why.is_some_and(|why| why.contains(says) && outcome.serial.contains(why));
     check(&outcome, named, &format!("says {why:?}, not {says:?}"))?;
-    check_eq(&outcome, "end", &outcome.exit, &Exit::PoweredOff)
+    check_eq(&outcome, "end", &outcome.exit, &Exit::Stayed)
 }
 
 fn little_memory() -> Result<()> {
@@ -131,37 +136,60 @@ fn little_memory() -> Result<()> {
     let machine = MachineConfig { memory_mib: 8, ..MachineConfig::default() };
     let outcome = boot(&setup(config, vec![])?, machine)?;
     check(&outcome, outcome.serial.contains("memory"), "memory is not named")?;
-    let ended = matches!(outcome.exit, Exit::PoweredOff | Exit::LoaderStopped);
+    let ended = matches!(outcome.exit, Exit::PoweredOff | Exit::Stayed | Exit::LoaderStopped);
     check(&outcome, ended, "the machine hung")
 }
 
 #[derive(Clone, Copy)]
 enum Damage {
-    /// One bit behind the last place where this stands.
-    Flip { marker: &'static [u8] },
+    /// One bit of what the boot record loads is another one.
+    Loader,
+    /// One bit of the kernel is another one.
+    Kernel,
+    /// The partition with the files begins with zeros.
+    FileSystem,
+    /// `hv.toml` has another name.
+    NoConfiguration,
     /// The last third of the disk is missing.
     CutOff,
 }
 
 /// Boots a disk that is not as it was written.
-fn damaged(damage: Damage) -> Result<()> {
+fn damaged(damage: Damage, says: &str) -> Result<()> {
     let config = format!("sld = \"warn\"\n{}", vm("good", "guests/controls", 8, ""));
     let disk = Disk::new()?;
     system()?.disk(&setup(config, vec![])?, disk.path())?;
     let mut image = fs::read(disk.path())?;
+    let find = |marker: &[u8]| {
+        let mut windows = image.windows(marker.len());
+        let at = windows.position(|window| window == marker);
+        at.with_context(|| format!("{marker:?} is not on the disk"))
+    };
+    let loader = find(b"UNSPLIT2")?;
     match damage {
-        Damage::Flip { marker } => {
-            let at = image.windows(marker.len()).position(|window| window == marker);
-            image[at.context("the marker is not on the disk")? + 0x200] ^= 1;
+        Damage::Loader => image[loader + 0x1000] ^= 1,
+        Damage::Kernel => {
+            // Guests are ELF files too, without this section.
+            let kernel = find(b"\0.bootloader-config\0")?;
+            image[kernel] ^= 1;
+        }
+        Damage::FileSystem => {
+            let table = image[loader..][..Table::SIZE].try_into()?;
+            let table = Table::decode(table).context("no table")?;
+            image[table.partition_lba as usize * SECTOR..][..SECTOR].fill(0);
+        }
+        Damage::NoConfiguration => {
+            // In the entry that holds its long name.
+            let name = find(b"h\0v\0.\0t\0o\0")?;
+            image[name] = b'x';
         }
         Damage::CutOff => {
-            let third = image.len() / 3;
-            let kept = image.len() - third;
-            image[kept..].fill(0);
+            let cylinder = Geometry { cylinders: 1 }.bytes() as usize;
+            image.truncate(image.len() / cylinder * 2 / 3 * cylinder);
         }
     }
     fs::write(disk.path(), &image)?;
     let outcome = run(&disk, MachineConfig::default())?;
     check_eq(&outcome, "end", &outcome.exit, &Exit::LoaderStopped)?;
-    check(&outcome, outcome.serial.contains("boot: "), "the loader does not say why")
+    check(&outcome, outcome.serial.contains(says), &format!("the loader does not say {says:?}"))
 }

@@ -5,9 +5,12 @@ use std::process::ExitCode;
 use libtest_mimic::Arguments;
 
 mod bench;
+mod firmware;
 mod guests;
+mod hardware;
 mod hostile;
 mod inputs;
+mod links;
 mod machines;
 mod operations;
 mod refusals;
@@ -23,7 +26,10 @@ fn main() -> ExitCode {
     let parts = [
         shim::trials(),
         machines::trials(),
+        links::trials(),
+        firmware::trials(),
         refusals::trials(),
+        hardware::trials(),
         inputs::trials(),
         guests::trials(),
         verdicts::trials(),

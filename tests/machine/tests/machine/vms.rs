@@ -1,19 +1,24 @@
 //! Machines whose hypervisor runs VMs of test guests.
 
 use anyhow::{Context, Error, Result};
-use machine_tests::explain;
 use machine_tests::hypervisor::{boot, check_orderly};
+use machine_tests::{check, explain};
 use xtask::config::{HvConfig, Setup, Source, Vm};
+use xtask::events::Body;
 use xtask::guests;
 use xtask::machine::{MachineConfig, RunOutcome};
 
 /// Runs these VMs of test guests to their ends.
 ///
 /// # Errors
-/// If the run was not orderly: see [`check_orderly`].
+/// If the run was not orderly: see [`check_orderly`]; or if a kick was taken for an NMI of the platform.
 pub fn run(config: &HvConfig, machine: MachineConfig) -> Result<RunOutcome> {
     let outcome = boot(&setup(config.to_text()?, &config.vms)?, machine)?;
     check_orderly(&outcome)?;
+    let mistaken = outcome.events.iter().any(
+        |event| matches!(event.body, Body::Shutdown { counters } if counters.unknown_nmis > 0),
+    );
+    check(&outcome, !mistaken, "an NMI that nobody has sent")?;
     Ok(outcome)
 }
 
