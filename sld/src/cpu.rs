@@ -22,8 +22,10 @@ pub enum Why {
     TaskSwitch,
     /// A loaded vCPU's virtual MSR changed: written by the guest or the host, or reset.
     GuestWrite,
-    /// A task's split lock was let pass.
+    /// A task's split lock was let pass, and with it those to come.
     Warn,
+    /// A VM's policy was changed.
+    Policy,
     /// A step of one instruction began or ended.
     Step,
     /// A CPU went offline.
@@ -41,6 +43,7 @@ impl Why {
             Self::TaskSwitch => "task-switch",
             Self::GuestWrite => "guest-write",
             Self::Warn => "warn",
+            Self::Policy => "policy",
             Self::Step => "step",
             Self::Offline => "offline",
         }
@@ -290,8 +293,8 @@ pub fn task_switch(guard: &mut impl PreemptionDisabled, next: &Task) -> Written 
     }
 }
 
-/// One instruction of this thread's guest is about to be stepped, as [`Verdict::Step`] asks: the
-/// bit goes off until [`step_end`], unless it is off already.
+/// One instruction of this thread's guest is about to be stepped, as [`Verdict::Step`] asks, or
+/// another verdict comes to it: the bit goes off until [`step_end`], unless it is off already.
 ///
 /// The caller sees to it, from before this call until [`step_end`] has returned, that
 ///

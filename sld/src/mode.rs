@@ -1,21 +1,22 @@
 //! The host's mode, and what one VM gets of it.
 
 use core::fmt;
-use core::str::FromStr;
 
-/// The host's policy for split locks, chosen at boot. Ordered from lenient to strict.
+use crate::policy::Policy;
+
+/// What the host does with the real bit, from boot to shutdown. Ordered from lenient to strict.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum SldMode {
-    /// The real bit is 0: split locks execute, nobody is told.
+    /// It is 0: split locks execute, nobody is told.
     Off,
-    /// A task's first split lock is reported, then detection is off while that task runs.
+    /// It is 1, and goes off for tasks and for single instructions.
     Warn,
-    /// The real bit is 1 from boot to shutdown; a split lock ends the VM that executes it.
+    /// It is 1 and stays so.
     Fatal,
 }
 
 impl SldMode {
-    /// The name used in configuration and events.
+    /// The name used in configuration and events: that of the policy that is nothing else.
     #[must_use]
     pub const fn as_str(self) -> &'static str {
         match self {
@@ -32,34 +33,12 @@ impl fmt::Display for SldMode {
     }
 }
 
-/// A text that names no mode.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct UnknownMode;
-
-impl fmt::Display for UnknownMode {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("unknown split-lock mode: use off, warn or fatal")
-    }
-}
-
-impl core::error::Error for UnknownMode {}
-
-impl FromStr for SldMode {
-    type Err = UnknownMode;
-
-    fn from_str(s: &str) -> Result<Self, UnknownMode> {
-        [Self::Off, Self::Warn, Self::Fatal]
-            .into_iter()
-            .find(|mode| mode.as_str() == s)
-            .ok_or(UnknownMode)
-    }
-}
-
 /// What the host can promise its VMs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Host {
-    /// The mode that was asked for.
-    pub configured: SldMode,
+    /// The policy that was asked for, for all VMs that ask for none of their own. Its
+    /// [`mode`](Policy::mode) is the host's.
+    pub configured: Policy,
     /// The weakest [`Cpu::mode`](crate::Cpu::mode) of all CPUs on which a vCPU may run: `Off`
     /// where one of them cannot detect.
     pub enforced: SldMode,
@@ -70,32 +49,43 @@ pub struct Host {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[cfg_attr(test, derive(Hash))]
 pub struct VmPolicy {
-    pub(crate) mode: SldMode,
+    policy: Policy,
+    host: SldMode,
     pub(crate) exposed: bool,
 }
 
 impl VmPolicy {
-    /// `own` is the VM's own policy, `None` for the host's mode; `expose` asks that the guest
-    /// see the feature, which it does only if the host enforces some mode: a guest must not be
-    /// promised an #AC that nothing raises.
+    /// `own` is the VM's own policy, `None` for the host's; `expose` asks that the guest see the
+    /// feature, which it does only if the host enforces some mode: a guest must not be promised an
+    /// #AC that nothing raises.
     ///
     /// # Errors
     ///
-    /// `own` can only be stricter than the host's mode: a laxer one would have to switch off
-    /// what the host wants on. With the host `Off` no other policy can be kept.
-    pub fn new(host: Host, own: Option<SldMode>, expose: bool) -> Result<Self, PolicyError> {
-        let mode = own.unwrap_or(host.configured);
-        if mode < host.configured || (host.configured == SldMode::Off && mode != SldMode::Off) {
-            return Err(PolicyError { host: host.configured, vm: mode });
-        }
-        let exposed = expose && mode != SldMode::Off && host.enforced != SldMode::Off;
-        Ok(Self { mode, exposed })
+    /// The host's mode does not allow `own`: with the host `Off` nothing but `Off` can be kept;
+    /// in `Fatal` the real bit never goes off, which leaves `Emulate` and `Fatal`.
+    pub fn new(host: Host, own: Option<Policy>, expose: bool) -> Result<Self, PolicyError> {
+        let exposed = expose && host.enforced != SldMode::Off;
+        let same = Self { policy: host.configured, host: host.configured.mode(), exposed };
+        own.map_or(Ok(same), |own| same.with(own))
     }
 
-    /// The mode that decides this VM's split locks on a CPU that enforces one.
+    /// The same with another policy. What the guest is told stays: it has looked already.
+    ///
+    /// # Errors
+    ///
+    /// As for [`new`](Self::new).
+    pub fn with(self, policy: Policy) -> Result<Self, PolicyError> {
+        if policy.is_kept_by(self.host) {
+            Ok(Self { policy, ..self })
+        } else {
+            Err(PolicyError { host: self.host, vm: policy })
+        }
+    }
+
+    /// What is done about this VM's split locks on a CPU that detects them.
     #[must_use]
-    pub const fn mode(self) -> SldMode {
-        self.mode
+    pub const fn policy(self) -> Policy {
+        self.policy
     }
 
     /// Whether the guest is told: CPUID.(7,0):EDX\[30\]
@@ -103,6 +93,12 @@ impl VmPolicy {
     #[must_use]
     pub const fn exposed(self) -> bool {
         self.exposed
+    }
+
+    /// The flag of the VM's tasks while no vCPU is loaded: only one of a host that detects can
+    /// run without.
+    pub(crate) const fn unloaded_flag(self) -> bool {
+        matches!((self.host, self.policy), (SldMode::Warn, Policy::Off))
     }
 }
 
@@ -112,17 +108,18 @@ pub struct PolicyError {
     /// The host's mode.
     pub host: SldMode,
     /// What the VM asked for.
-    pub vm: SldMode,
+    pub vm: Policy,
 }
 
 impl fmt::Display for PolicyError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { host, vm } = self;
-        if *host == SldMode::Off {
-            write!(f, "policy {vm} cannot be kept: split-lock detection of the host is off")
+        write!(f, "policy {vm} cannot be kept: ")?;
+        f.write_str(if *host == SldMode::Off {
+            "split-lock detection of the host is off"
         } else {
-            write!(f, "policy {vm} is weaker than the host's mode {host}")
-        }
+            "the host is fatal and never switches detection off; use emulate or fatal"
+        })
     }
 }
 
@@ -132,48 +129,69 @@ impl core::error::Error for PolicyError {}
 mod tests {
     use std::string::ToString;
 
-    use super::SldMode::{Fatal, Off, Warn};
-    use super::{Host, PolicyError, SldMode, UnknownMode, VmPolicy};
+    use super::{Host, PolicyError, SldMode, VmPolicy};
+    use crate::policy::PerSecond;
+    use crate::policy::Policy::{self, Emulate, Fatal, Off, RateLimit, Step, Warn};
+
+    const TEN: Policy = RateLimit(PerSecond::new(10).unwrap());
+    const ALL: [Policy; 6] = [Off, Warn, Step, Emulate, TEN, Fatal];
 
     #[test]
-    fn names_are_read_back() {
-        for mode in [Off, Warn, Fatal] {
-            assert_eq!(mode.to_string().parse(), Ok(mode));
-        }
-        for wrong in ["", "Warn", "warn ", "on"] {
-            assert_eq!(wrong.parse::<SldMode>(), Err(UnknownMode), "{wrong}");
-        }
-    }
-
-    #[test]
-    fn a_vm_may_only_be_stricter() {
-        for configured in [Off, Warn, Fatal] {
-            let host = Host { configured, enforced: configured };
-            for (own, allowed) in [
-                (None, true),
-                (Some(Off), configured == Off),
-                (Some(Warn), configured == Warn),
-                (Some(Fatal), configured != Off),
-            ] {
-                let policy = VmPolicy::new(host, own, false);
-                let vm = own.unwrap_or(configured);
-                let expected =
-                    if allowed { Ok(vm) } else { Err(PolicyError { host: configured, vm }) };
-                assert_eq!(policy.map(VmPolicy::mode), expected);
+    fn a_vm_gets_what_the_host_can_keep() {
+        for (configured, mode, kept) in [
+            (Off, SldMode::Off, &[Off] as &[Policy]),
+            (Warn, SldMode::Warn, &ALL),
+            (Step, SldMode::Warn, &ALL),
+            (Emulate, SldMode::Warn, &ALL),
+            (TEN, SldMode::Warn, &ALL),
+            (Fatal, SldMode::Fatal, &[Emulate, Fatal]),
+        ] {
+            let host = Host { configured, enforced: mode };
+            assert_eq!(configured.mode(), mode);
+            let same = VmPolicy::new(host, None, false).unwrap();
+            assert_eq!(same.policy(), configured);
+            for own in ALL {
+                let expected = if kept.contains(&own) {
+                    Ok(own)
+                } else {
+                    Err(PolicyError { host: mode, vm: own })
+                };
+                let new = VmPolicy::new(host, Some(own), false);
+                assert_eq!(new.map(VmPolicy::policy), expected);
+                assert_eq!(same.with(own), new);
             }
         }
     }
 
     #[test]
     fn nothing_is_exposed_that_the_host_does_not_enforce() {
-        for configured in [Off, Warn, Fatal] {
-            for enforced in [Off, configured] {
+        for configured in ALL {
+            for enforced in [SldMode::Off, configured.mode()] {
                 let host = Host { configured, enforced };
                 for expose in [false, true] {
                     let vm = VmPolicy::new(host, None, expose).unwrap();
-                    assert_eq!(vm.exposed(), expose && enforced != Off, "{host:?}");
+                    assert_eq!(vm.exposed(), expose && enforced != SldMode::Off, "{host:?}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_refusal_says_what_the_host_does() {
+        for (host, vm, text) in [
+            (
+                SldMode::Off,
+                TEN,
+                "policy ratelimit=10 cannot be kept: split-lock detection of the host is off",
+            ),
+            (
+                SldMode::Fatal,
+                Off,
+                "policy off cannot be kept: the host is fatal and never switches detection off; \
+                 use emulate or fatal",
+            ),
+        ] {
+            assert_eq!(PolicyError { host, vm }.to_string(), text);
         }
     }
 }

@@ -2,13 +2,14 @@
 
 use core::fmt;
 
-use crate::ac::{AcContext, Verdict};
+use crate::ac::{AcContext, Fallback, Verdict};
 use crate::cpu::{Presence, RealBit, Why, Written};
 use crate::hardware::{
     CORE_CAPABILITIES_SPLIT_LOCK, MSR_CORE_CAPABILITIES, MSR_TEST_CTRL, MsrFault,
     PreemptionDisabled, TEST_CTRL_SPLIT_LOCK, TestCtrl, ThisCpu,
 };
-use crate::mode::{SldMode, VmPolicy};
+use crate::mode::{PolicyError, SldMode, VmPolicy};
+use crate::policy::Policy;
 
 /// What a CPU runs: a vCPU's thread, or an idle task. Belongs into the task's own data.
 ///
@@ -26,11 +27,19 @@ pub struct Task {
 }
 
 impl Task {
-    /// A task that runs with detection as the host has it. `id` tells it from all other tasks
-    /// that exist at the same time.
+    /// A task that is no vCPU's, an idle task: it runs with detection as the host has it. `id`
+    /// tells it from all other tasks that exist at the same time.
     #[must_use]
     pub const fn new(id: u32) -> Self {
         Self { id, disabled: false, warned: false }
+    }
+
+    /// The task of one of this VM's vCPUs. If the VM's policy is `Off`, the flag is set from the
+    /// start: the task switch then is all that is needed to have detection off while it runs, and
+    /// on while any other task does.
+    #[must_use]
+    pub const fn of_vcpu(id: u32, vm: VmPolicy) -> Self {
+        Self { id, disabled: vm.unloaded_flag(), warned: false }
     }
 }
 
@@ -235,28 +244,72 @@ impl Vcpu {
         if this.cpu.test_ctrl == Presence::Absent || ac.legacy() {
             return Ok(Verdict::Inject);
         }
-        let mode = match this.cpu.mode {
-            SldMode::Off => return Ok(Verdict::KillBogus),
-            host => host.max(self.vm.mode),
-        };
+        let mode = this.cpu.mode;
+        if mode == SldMode::Off {
+            return Ok(Verdict::KillBogus);
+        }
         if self.vm.exposed && self.virtual_bit() {
             return Ok(Verdict::Inject);
         }
-        if mode == SldMode::Fatal {
+        let policy = self.vm.policy();
+        // Granted for another host, by mistake: what this one promises goes before.
+        if !policy.is_kept_by(mode) {
             return Ok(Verdict::Kill);
         }
-        let already = task.disabled;
-        let real_bit = if already { None } else { this.set_disabled(task, true, Why::Warn)? };
-        let first = !task.warned;
-        task.warned = true;
-        // Where the bit just went off, or was off without a sibling's say, the instruction now
-        // completes by itself. With siblings online and the flag set before, the bit may be on
-        // or off as they please, now or when the guest is resumed: only a step is sure to end.
-        if real_bit.is_some() || (already && !this.core.has_siblings()) {
-            Ok(Verdict::Warn { first, real_bit })
+        let first = !task.warned && policy != Policy::Off;
+        let verdict = match policy {
+            Policy::Off | Policy::Warn => this.let_pass(task, first)?,
+            Policy::Step => Verdict::Step { first },
+            Policy::Emulate => Verdict::Emulate {
+                first,
+                fallback: if mode == SldMode::Warn { Fallback::Step } else { Fallback::Kill },
+            },
+            Policy::RateLimit(limit) => Verdict::Throttle { first, limit },
+            Policy::Fatal => return Ok(Verdict::Kill),
+        };
+        task.warned |= first;
+        Ok(verdict)
+    }
+
+    /// The VM's policy changes; to be called for each of its vCPUs, on the CPU that runs the
+    /// vCPU's own task, loaded or not.
+    ///
+    /// All is then as if the task had been created with the new policy, and the vCPU loaded now if
+    /// it is: what the old policy did to the flag is undone, the task will be warned again. The
+    /// virtual MSR stays, and so does what the guest is told. An #AC that waits for its verdict
+    /// gets that of the new policy.
+    ///
+    /// # Errors
+    ///
+    /// [`PolicyError`], as for [`VmPolicy::new`]. In the result else, as [`Written`] says; the
+    /// policy then is the old one, too.
+    pub fn set_policy(
+        &mut self,
+        guard: &mut impl PreemptionDisabled,
+        task: &mut Task,
+        policy: Policy,
+    ) -> Result<Written, PolicyError> {
+        let vm = self.vm.with(policy)?;
+        let next = Self { vm, host_sld_disabled: vm.unloaded_flag(), ..*self };
+        Ok(next.start_over(guard, task).inspect(|_| *self = next))
+    }
+
+    /// `task` gets the flag, and the CPU the bit, that it had if it were new.
+    fn start_over(&self, guard: &mut impl PreemptionDisabled, task: &mut Task) -> Written {
+        let mut this = guard.this_cpu();
+        let mut written = None;
+        if this.cpu.mode == SldMode::Warn {
+            let guests = self.loaded.is_some() && self.has_say();
+            let disabled = if guests { !self.wants_on() } else { self.host_sld_disabled };
+            if task.disabled != disabled {
+                written = this.set_disabled(task, disabled, Why::Policy)?;
+            }
         } else {
-            Ok(Verdict::Step { first })
+            // Only for the CPUs that detect, should it go to one.
+            task.disabled = self.host_sld_disabled;
         }
+        task.warned = false;
+        Ok(written)
     }
 
     fn write(
@@ -283,11 +336,17 @@ impl Vcpu {
         }
     }
 
-    /// What the guest wants of the real bit. A VM that is `Fatal` in a host that warns wants it
-    /// on, whatever its virtual MSR says.
+    /// What is wanted of the real bit while the guest runs: on by a policy that is to see all its
+    /// split locks, else what the guest wants.
     #[inline]
     const fn wants_on(&self) -> bool {
-        matches!(self.vm.mode, SldMode::Fatal) || self.virtual_bit()
+        self.vm.policy().sees_all() || self.virtual_bit()
+    }
+
+    /// Whether anything is: a guest that knows of no 0x33 wishes nothing.
+    #[inline]
+    const fn has_say(&self) -> bool {
+        self.vm.policy().sees_all() || self.vm.exposed
     }
 
     /// Bit and flag follow the guest's wish, or the host's on put.
@@ -295,7 +354,7 @@ impl Vcpu {
     /// Only in `Warn`. In `Fatal` the host has promised itself that the bit is on from boot to
     /// shutdown, so a guest's write is stored, for the guest to read back, and goes no further;
     /// no architectural way exists to tell the guest that its MSR is not the real one. Only for
-    /// a vCPU that has a say: a guest that knows of no 0x33 wishes nothing.
+    /// a vCPU that has a say.
     #[inline]
     fn update(
         &self,
@@ -305,8 +364,7 @@ impl Vcpu {
         why: Why,
     ) -> Written {
         let mut this = guard.this_cpu();
-        let has_say = self.vm.exposed || matches!(self.vm.mode, SldMode::Fatal);
-        if this.cpu.mode == SldMode::Warn && has_say && task.disabled == on {
+        if this.cpu.mode == SldMode::Warn && self.has_say() && task.disabled == on {
             this.set_disabled(task, !on, why)
         } else {
             Ok(None)
@@ -323,5 +381,20 @@ impl<H: TestCtrl> ThisCpu<'_, H> {
         let written = self.run_with(disabled, why)?;
         task.disabled = disabled;
         Ok(written)
+    }
+
+    /// A split lock of the running task is let pass, and with it all later ones, as far as the
+    /// siblings allow.
+    fn let_pass(&mut self, task: &mut Task, first: bool) -> Result<Verdict, MsrFault> {
+        let already = task.disabled;
+        let real_bit = if already { None } else { self.set_disabled(task, true, Why::Warn)? };
+        // Where the bit just went off, or was off without a sibling's say, the instruction now
+        // completes by itself. With siblings online and the flag set before, the bit may be on
+        // or off as they please, now or when the guest is resumed: only a step is sure to end.
+        Ok(if real_bit.is_some() || (already && !self.core.has_siblings()) {
+            Verdict::Warn { first, real_bit }
+        } else {
+            Verdict::Step { first }
+        })
     }
 }

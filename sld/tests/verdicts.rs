@@ -2,8 +2,8 @@
 //! implementation. Through the public API, as a hypervisor would.
 
 use sld::{
-    AcContext, Core, Cpu, Host, Msr, MsrFault, PreemptionDisabled, SldMode, Task, TestCtrl,
-    ThisCpu, Vcpu, VmPolicy, online, task_switch,
+    AcContext, Core, Cpu, Host, Msr, MsrFault, PerSecond, Policy, PreemptionDisabled, SldMode,
+    Task, TestCtrl, ThisCpu, Vcpu, Verdict, VmPolicy, online, task_switch,
 };
 
 const BIT: u64 = 1 << 29;
@@ -51,22 +51,27 @@ impl PreemptionDisabled for Guard {
     }
 }
 
-/// The verdict in a host of this mode on a VM with this policy of its own.
+fn boot(has_sld: bool, mode: SldMode) -> Guard {
+    let hardware = Hardware { has_sld, test_ctrl: 0 };
+    let mut guard = Guard { cpu: Cpu::new(), core: Core::new(), hardware };
+    let _ = online(&mut guard, mode);
+    guard
+}
+
+/// The verdict in a host with this policy on a VM with this policy of its own.
 fn verdict(
     has_sld: bool,
-    mode: SldMode,
-    own: Option<SldMode>,
+    configured: Policy,
+    own: Option<Policy>,
     exposed: bool,
     virtual_bit: bool,
     ac: AcContext,
 ) -> &'static str {
-    let hardware = Hardware { has_sld, test_ctrl: 0 };
-    let mut guard = Guard { cpu: Cpu::new(), core: Core::new(), hardware };
-    let _ = online(&mut guard, mode);
-    let host = Host { configured: mode, enforced: guard.cpu.mode() };
+    let mut guard = boot(has_sld, configured.mode());
+    let host = Host { configured, enforced: guard.cpu.mode() };
     let vm = VmPolicy::new(host, own, exposed).unwrap();
     assert_eq!(vm.exposed(), exposed);
-    let (mut task, mut vcpu) = (Task::new(0), Vcpu::new(vm));
+    let (mut task, mut vcpu) = (Task::of_vcpu(0, vm), Vcpu::new(vm));
     task_switch(&mut guard, &task).unwrap();
     vcpu.load(&mut guard, &mut task).unwrap();
     if virtual_bit {
@@ -91,13 +96,13 @@ fn every_row_of_the_table() {
             "1" => true,
             _ => panic!("{row}"),
         };
-        let mode: SldMode = mode.parse().unwrap();
+        let mode: Policy = mode.parse().unwrap();
         let ac = AcContext { cpl: cpl.parse().unwrap(), cr0_am: flag(am), eflags_ac: flag(ac) };
         let (has_sld, exposed, virtual_bit) = (flag(has_sld), flag(exposed), flag(virtual_bit));
         assert_eq!(verdict(has_sld, mode, None, exposed, virtual_bit, ac), expected, "{row}");
         // To a VM, a policy of its own is what the host's mode is.
-        if mode == SldMode::Fatal {
-            let own = verdict(has_sld, SldMode::Warn, Some(mode), exposed, virtual_bit, ac);
+        if mode == Policy::Fatal {
+            let own = verdict(has_sld, Policy::Warn, Some(mode), exposed, virtual_bit, ac);
             assert_eq!(own, expected, "{row}, in a host that warns");
         }
         seen += 1;
@@ -105,4 +110,20 @@ fn every_row_of_the_table() {
     // 16 of CPL, AM and AC each: three modes without detection; off; and for warn and fatal not
     // exposed, exposed, exposed and set.
     assert_eq!(seen, 16 * (3 + 1 + 2 * 3));
+}
+
+/// By mistake of a caller: no CPU of a fatal host lets anything pass, whatever was granted.
+#[test]
+fn a_policy_that_another_host_has_granted_is_not_kept() {
+    let mut guard = boot(true, SldMode::Fatal);
+    let host = Host { configured: Policy::Warn, enforced: SldMode::Warn };
+    let limit = PerSecond::new(1).unwrap();
+    for own in [Policy::Off, Policy::Warn, Policy::Step, Policy::RateLimit(limit)] {
+        let vm = VmPolicy::new(host, Some(own), false).unwrap();
+        let (mut task, mut vcpu) = (Task::new(0), Vcpu::new(vm));
+        vcpu.load(&mut guard, &mut task).unwrap();
+        let kernel_mode = AcContext { cpl: 0, cr0_am: false, eflags_ac: false };
+        assert_eq!(vcpu.on_ac(&mut guard, &mut task, kernel_mode), Ok(Verdict::Kill), "{own}");
+        assert_eq!(guard.hardware.test_ctrl, BIT);
+    }
 }

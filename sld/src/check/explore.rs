@@ -10,8 +10,9 @@ use std::vec::Vec;
 use std::{fmt, format, io, vec};
 
 use super::hardware::Kind::{self, Absent, Enumerated, Hidden, IceLake, ReadOnly, Stuck};
-use super::system::{Broken, Config, Op, System, Vm};
-use crate::SldMode::{self, Fatal, Off, Warn};
+use super::system::{Broken, Config, LIMIT, Op, System, Vm, policies_from};
+use crate::Policy::{self, Emulate, Fatal, Off, Step, Warn};
+use crate::SldMode;
 
 /// States and transitions seen.
 #[derive(Clone, Copy, Default)]
@@ -96,13 +97,14 @@ fn explore<const C: usize, const V: usize>(config: &Config<C, V>) -> Result<Cove
                     return Ok(None);
                 }
                 next.check_state(config)?;
+                next.check_damage(config)?;
                 Ok(Some(next))
             };
             let next = catch_unwind(AssertUnwindSafe(step))
                 .unwrap_or_else(|_| {
                     Err(Broken { invariant: "no operation panics", detail: String::new() })
                 })
-                .map_err(|broken| story(config, &came_by, at, Some(op), &broken))?;
+                .map_err(|broken| story(config, &came_by, at, op, &broken))?;
             if let Some(next) = next {
                 seen.insert(next.clone());
                 states.push(next);
@@ -110,9 +112,6 @@ fn explore<const C: usize, const V: usize>(config: &Config<C, V>) -> Result<Cove
             }
         }
         at += 1;
-    }
-    for (at, state) in states.iter().enumerate() {
-        state.check_damage(config).map_err(|broken| story(config, &came_by, at, None, &broken))?;
     }
     Ok(Covered { systems: 1, states: states.len(), transitions })
 }
@@ -122,10 +121,10 @@ fn story<const C: usize, const V: usize>(
     config: &Config<C, V>,
     came_by: &[Option<(usize, Op)>],
     mut at: usize,
-    last: Option<Op>,
+    last: Op,
     broken: &Broken,
 ) -> String {
-    let mut ops = Vec::from_iter(last);
+    let mut ops = vec![last];
     while let Some((from, op)) = came_by[at] {
         ops.push(op);
         at = from;
@@ -134,50 +133,77 @@ fn story<const C: usize, const V: usize>(
     format!("broken: {}\n{}\n{config:?}\n{ops}", broken.invariant, broken.detail)
 }
 
-/// The VMs that a mode allows.
-fn vms(mode: SldMode) -> Vec<Vm> {
-    let policies: &[Option<SldMode>] = if mode == Warn { &[None, Some(Fatal)] } else { &[None] };
-    let mut vms = Vec::new();
-    for &own in policies {
-        for expose in [false, true] {
-            vms.push(Vm { own, expose, flagged: false });
-            // Only in warn are there flags; and an unaware guest does nothing about its task's.
-            if mode == Warn && (expose || own.is_some()) {
-                vms.push(Vm { own, expose, flagged: true });
+/// Hosts, and what happens to the policies of their VMs.
+#[derive(Clone, Copy, Debug)]
+enum Hosts {
+    /// A host that warns, in which VMs keep their policy.
+    Warn,
+    /// Hosts that are off or fatal, in which VMs are given any policy at any time.
+    OffOrFatal,
+    /// A host that warns, in which they are.
+    AnyPolicy,
+}
+
+impl Hosts {
+    /// Their modes, with all pairs of VMs, without regard to order.
+    fn pairs(self, cpus: usize) -> Vec<(SldMode, [Vm; 2])> {
+        match self {
+            Self::Warn => {
+                // Tasks that come with their flag set have one that does something about it.
+                let vms = [
+                    (&[Warn], true, false),
+                    (&[Warn], false, false),
+                    (&[Step], false, true),
+                    (&[Fatal], true, true),
+                    (&[Warn], true, true),
+                ]
+                .map(|(policies, expose, flagged)| Vm {
+                    policies,
+                    expose,
+                    flagged,
+                });
+                let after = |one: usize| vms[one..].iter().map(move |&other| [vms[one], other]);
+                (0..vms.len()).flat_map(after).map(|vms| (SldMode::Warn, vms)).collect()
+            }
+            Self::OffOrFatal => [(SldMode::Off, Off), (SldMode::Fatal, Fatal)]
+                .into_iter()
+                .flat_map(|(mode, first)| any_policy(mode, [policies_from(first); 2]))
+                .collect(),
+            Self::AnyPolicy if cpus == 1 => any_policy(SldMode::Warn, [policies_from(Warn); 2]),
+            // The two that differ in what becomes of the flag, and two of the others, which differ
+            // in nothing but the verdict.
+            Self::AnyPolicy => {
+                any_policy(SldMode::Warn, [&[Warn, Off, Step, Fatal], &[Warn, Off, Emulate, LIMIT]])
             }
         }
     }
-    vms
 }
 
-/// All systems of one topology and hardware: every mode, every pair of VMs (without regard to
-/// order).
-fn explore_all<const C: usize>(core_of: [usize; C], kinds: [Kind; C]) -> Result<Covered, String> {
+fn any_policy(mode: SldMode, policies: [&'static [Policy]; 2]) -> Vec<(SldMode, [Vm; 2])> {
+    [[true, false], [false, false], [true, true]]
+        .map(|expose| {
+            [0, 1].map(|vm| Vm { policies: policies[vm], expose: expose[vm], flagged: false })
+        })
+        .map(|vms| (mode, vms))
+        .into()
+}
+
+/// All systems of one topology and hardware, with these hosts.
+fn explore_all<const C: usize>(core_of: [usize; C], kinds: [Kind; C], hosts: &[Hosts]) {
     let mut covered = Covered::default();
-    // Warn last: it has most of the states.
-    for mode in [Off, Fatal, Warn] {
+    for (mode, vms) in hosts.iter().flat_map(|hosts| hosts.pairs(C)) {
         // With one CPU both; with two, the one that the mode has to change, or in warn may.
-        let boot: &[bool] = if C == 1 { &[false, true] } else { &[mode == Off] };
+        let boot: &[bool] = if C == 1 { &[false, true] } else { &[mode == SldMode::Off] };
         for &boot_on in boot {
-            let vms = vms(mode);
-            for (index, &one) in vms.iter().enumerate() {
-                for &other in &vms[index..] {
-                    let vms = [one, other];
-                    covered += explore(&Config {
-                        mode,
-                        core_of,
-                        kinds,
-                        boot_on,
-                        vms,
-                        writes_fault: false,
-                    })?;
-                }
-            }
+            let config = Config { mode, core_of, kinds, boot_on, vms, writes_fault: false };
+            covered += explore(&config).unwrap_or_else(|story| panic!("{story}"));
         }
     }
     let cores = if core_of.contains(&1) || C == 1 { "own core each" } else { "one core" };
-    print(&format!("{C} CPU(s), {cores}, {kinds:?}: {covered}"));
-    Ok(covered)
+    print(&format!("{C} CPU(s), {cores}, {kinds:?}, {hosts:?}: {covered}"));
+    let mut total = TOTAL.lock().unwrap();
+    *total += covered;
+    print(&format!("exhaustive, in all so far: {}", *total));
 }
 
 /// Not by println!, which the test harness would swallow.
@@ -188,39 +214,54 @@ fn print(line: &str) {
 /// What all tests of this file have covered so far.
 static TOTAL: Mutex<Covered> = Mutex::new(Covered { systems: 0, states: 0, transitions: 0 });
 
-fn check(outcome: Result<Covered, String>) {
-    let covered = outcome.unwrap_or_else(|story| panic!("{story}"));
-    let mut total = TOTAL.lock().unwrap();
-    *total += covered;
-    print(&format!("exhaustive, in all so far: {}", *total));
+#[test]
+fn one_cpu() {
+    explore_all([0], [Enumerated], &[Hosts::Warn]);
 }
 
 #[test]
-fn one_cpu() {
-    check(explore_all([0], [Enumerated]));
+fn one_cpu_off_or_fatal() {
+    explore_all([0], [Enumerated], &[Hosts::OffOrFatal]);
+}
+
+#[test]
+fn one_cpu_any_policy() {
+    explore_all([0], [Enumerated], &[Hosts::AnyPolicy]);
 }
 
 #[test]
 fn one_cpu_that_does_not_enumerate() {
-    check(explore_all([0], [IceLake]));
+    explore_all([0], [IceLake], &[Hosts::Warn, Hosts::OffOrFatal]);
 }
 
 #[test]
 fn two_threads_of_a_core() {
-    check(explore_all([0, 0], [Enumerated; 2]));
+    explore_all([0, 0], [Enumerated; 2], &[Hosts::Warn]);
+}
+
+#[test]
+fn two_threads_of_a_core_any_policy() {
+    explore_all([0, 0], [Enumerated; 2], &[Hosts::OffOrFatal, Hosts::AnyPolicy]);
 }
 
 #[test]
 fn two_cpus() {
-    check(explore_all([0, 1], [Enumerated; 2]));
+    explore_all([0, 1], [Enumerated; 2], &[Hosts::Warn]);
+}
+
+#[test]
+fn two_cpus_any_policy() {
+    explore_all([0, 1], [Enumerated; 2], &[Hosts::OffOrFatal, Hosts::AnyPolicy]);
 }
 
 #[test]
 fn hardware_that_lacks_or_fails() {
-    for kind in [Absent, Hidden, ReadOnly, Stuck] {
-        check(explore_all([0], [kind]));
-    }
-    for second in [Absent, Stuck] {
-        check(explore_all([0, 1], [Enumerated, second]));
+    for hosts in [Hosts::Warn, Hosts::OffOrFatal, Hosts::AnyPolicy] {
+        for kind in [Absent, Hidden, ReadOnly, Stuck] {
+            explore_all([0], [kind], &[hosts]);
+        }
+        for second in [Absent, Stuck] {
+            explore_all([0, 1], [Enumerated, second], &[hosts]);
+        }
     }
 }

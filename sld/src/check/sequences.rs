@@ -7,8 +7,8 @@ use proptest::collection::vec;
 use proptest::prelude::*;
 
 use super::hardware::Kind;
-use super::system::{Config, System, Vm};
-use crate::SldMode;
+use super::system::{Config, System, Vm, policies_from, sees_all};
+use crate::{Policy, SldMode};
 
 const CPUS: usize = 4;
 const VCPUS: usize = 4;
@@ -23,17 +23,18 @@ fn config() -> impl Strategy<Value = Config<CPUS, VCPUS>> {
         1 => Just([Kind::Enumerated, Kind::Stuck, Kind::ReadOnly, Kind::Absent]),
         1 => Just([Kind::Hidden; CPUS]),
     ];
-    let vms = vec(any::<(bool, bool, bool)>(), VCPUS);
+    let vms = vec((0..6_usize, any::<bool>(), any::<bool>()), VCPUS);
     (mode, core_of, kinds, any::<bool>(), vms).prop_map(|(mode, core_of, kinds, boot_on, vms)| {
-        let warn = mode == SldMode::Warn;
-        let vms: Vec<Vm> = vms
-            .into_iter()
-            .map(|(fatal, expose, flagged)| Vm {
-                own: (warn && fatal).then_some(SldMode::Fatal),
-                expose,
-                flagged: warn && flagged && (fatal || expose),
-            })
-            .collect();
+        let vm = |(index, expose, flagged)| {
+            let first = match mode {
+                SldMode::Off => Policy::Off,
+                SldMode::Warn => policies_from(Policy::Off)[index],
+                SldMode::Fatal => policies_from(Policy::Emulate)[index / 3 * 2],
+            };
+            let flagged = flagged && mode == SldMode::Warn && (expose || sees_all(first));
+            Vm { policies: policies_from(first), expose, flagged }
+        };
+        let vms: Vec<Vm> = vms.into_iter().map(vm).collect();
         Config { mode, core_of, kinds, boot_on, vms: vms.try_into().unwrap(), writes_fault: false }
     })
 }

@@ -9,9 +9,9 @@ use std::vec::Vec;
 use super::hardware::{Access, BIT, Kind, Thread};
 use crate::smt::LOCKED;
 use crate::{
-    AcContext, Core, Cpu, Detection, Host, Msr, MsrFault, MsrWrite, Online, PreemptionDisabled,
-    ProbeFailure, RealBit, SldMode, Task, TestCtrl, ThisCpu, Vcpu, Verdict, Violation, VmPolicy,
-    Why,
+    AcContext, Core, Cpu, Detection, Fallback, Host, Msr, MsrFault, MsrWrite, Online, PerSecond,
+    Policy, PolicyError, PreemptionDisabled, ProbeFailure, RealBit, SldMode, Task, TestCtrl,
+    ThisCpu, Vcpu, Verdict, Violation, VmPolicy, Why,
 };
 
 /// A bit of 0x33 that is not the guest's.
@@ -19,6 +19,18 @@ pub const OTHER: u64 = 1 << 3;
 
 /// What the firmware left in the platform's bits.
 const PLATFORM: u64 = 0x8000_0000_0000_0011;
+
+/// To what a VM may be limited.
+pub const LIMIT: Policy = Policy::RateLimit(PerSecond::new(10).unwrap());
+
+/// All policies, beginning with `first`.
+pub fn policies_from(first: Policy) -> &'static [Policy] {
+    use Policy::{Emulate, Fatal, Off, Step, Warn};
+    static TWICE: [Policy; 12] =
+        [Off, Warn, Step, Emulate, LIMIT, Fatal, Off, Warn, Step, Emulate, LIMIT, Fatal];
+    let at = TWICE.iter().position(|&policy| policy == first).unwrap();
+    &TWICE[at..at + 6]
+}
 
 /// What stays the same while a system runs: `C` CPUs (threads), `V` vCPUs.
 #[derive(Clone, Debug)]
@@ -38,8 +50,8 @@ pub struct Config<const C: usize, const V: usize> {
 /// A VM of one vCPU.
 #[derive(Clone, Copy, Debug)]
 pub struct Vm {
-    /// Its own policy.
-    pub own: Option<SldMode>,
+    /// Its policy at first, and what is tried on it later, that one included.
+    pub policies: &'static [Policy],
     pub expose: bool,
     /// Its task has the flag set before it first loads the vCPU.
     pub flagged: bool,
@@ -90,8 +102,9 @@ pub enum Runs {
 }
 
 /// A vCPU's history as far as it matters.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Past {
+    policy: Policy,
     /// What the guest must read from 0x33.
     virtual_msr: u64,
     loaded: bool,
@@ -116,6 +129,7 @@ pub enum Op {
     GuestWrite(usize, Msr, u64),
     HostWrite(usize, usize, u64),
     Reset(usize),
+    SetPolicy(usize, Policy),
     /// The guest that runs on this CPU splits a lock, and the hardware raises #AC.
     SplitLock(usize),
     /// The hypervisor handles it, possibly much later and on another CPU.
@@ -167,14 +181,17 @@ const MIRROR: &str = "a CPU knows the flag of the task that it runs";
 const UNAWARE: &str = "a guest that is not told has the host's setting until it is warned";
 const GUEST_SEES: &str =
     "a loaded vCPU sees in hardware what it wrote, unless a sibling forbids it";
-const VM_FATAL: &str = "the real bit is on while a fatal VM is loaded";
+const SEES_ALL: &str = "the real bit is on while a VM is loaded whose policy is to see all";
+const VM_OFF: &str = "a VM that is off and not told has detection only where a sibling has it";
 const PUT_RESTORES: &str = "put gives the task back the flag that it came with";
 const READ_BACK: &str = "the guest reads what it wrote, and is told what it has";
 const MASKED: &str = "bits outside the mask are #GP and change nothing";
-const FATAL_STORES: &str = "fatal stores without propagating";
+const STORES: &str = "where the bit is to stay on, a write is stored without propagating";
 const LOADED_HERE: &str = "a write touches hardware only if loaded here";
 const VERDICT: &str = "the verdict is the table's";
-const WARN_ONCE: &str = "a task is warned once";
+const WARN_ONCE: &str = "a task is warned once, and never where nobody wants to know";
+const POLICY: &str = "a VM has the last policy that it was given and the host can keep";
+const START_OVER: &str = "a new policy finds all as if the VM had always had it";
 const PROGRESS: &str = "after a verdict to resume, the instruction completes";
 const FAULT_LEAVES: &str = "an access that faults leaves flags and hardware as they were";
 const NO_FAULT: &str = "no operation fails on hardware that works";
@@ -244,24 +261,54 @@ impl<const C: usize, const V: usize> Config<C, V> {
         PLATFORM | if self.boot_on { BIT } else { 0 }
     }
 
-    fn policy(&self, vcpu: usize) -> SldMode {
-        self.vms[vcpu].own.unwrap_or(self.mode)
+    /// Whether the host allows this policy.
+    fn keeps(&self, policy: Policy) -> bool {
+        match self.mode {
+            SldMode::Off => policy == Policy::Off,
+            SldMode::Warn => true,
+            SldMode::Fatal => [Policy::Emulate, Policy::Fatal].contains(&policy),
+        }
+    }
+
+    /// Whether the flag is set in a task of a VM with this policy, before it loads its vCPU.
+    fn unloaded_flag(&self, policy: Policy) -> bool {
+        self.mode == SldMode::Warn && policy == Policy::Off
     }
 
     fn exposed(&self, vcpu: usize) -> bool {
         self.vms[vcpu].expose && self.mode != SldMode::Off
     }
 
-    fn task(&self, vcpu: usize) -> Task {
-        let mut task = Task::new(vcpu as u32);
-        task.disabled = self.vms[vcpu].flagged;
-        task
+    fn vm(&self, vcpu: usize, policy: Policy) -> VmPolicy {
+        let configured = match self.mode {
+            SldMode::Off => Policy::Off,
+            SldMode::Warn => Policy::Warn,
+            SldMode::Fatal => Policy::Fatal,
+        };
+        let host = Host { configured, enforced: self.mode };
+        let own = (policy != configured).then_some(policy);
+        VmPolicy::new(host, own, self.vms[vcpu].expose).unwrap()
     }
 
-    fn vcpu(&self, vcpu: usize) -> Vcpu {
-        let host = Host { configured: self.mode, enforced: self.mode };
-        let Vm { own, expose, .. } = self.vms[vcpu];
-        Vcpu::new(VmPolicy::new(host, own, expose).unwrap())
+    /// A new VM's task, vCPU and history.
+    fn start(&self, vcpu: usize) -> (Task, Vcpu, Past) {
+        let Vm { policies, flagged, .. } = self.vms[vcpu];
+        let policy = policies[0];
+        let vm = self.vm(vcpu, policy);
+        let mut task = Task::of_vcpu(vcpu as u32, vm);
+        task.disabled |= flagged;
+        let past = Past {
+            policy,
+            virtual_msr: 0,
+            loaded: false,
+            flag_at_load: false,
+            warned_since_load: false,
+            warned: false,
+            stale: false,
+            pending: None,
+            dead: false,
+        };
+        (task, Vcpu::new(vm), past)
     }
 
     fn accepts(&self, vcpu: usize, value: u64) -> bool {
@@ -280,10 +327,10 @@ impl<const C: usize, const V: usize> System<C, V> {
             steps: [false; C],
             tasks: Tasks {
                 idle: std::array::from_fn(|cpu| Task::new((V + cpu) as u32)),
-                vcpu: std::array::from_fn(|vcpu| config.task(vcpu)),
+                vcpu: std::array::from_fn(|vcpu| config.start(vcpu).0),
             },
-            vcpus: std::array::from_fn(|vcpu| config.vcpu(vcpu)),
-            past: std::array::from_fn(|_| Past::default()),
+            vcpus: std::array::from_fn(|vcpu| config.start(vcpu).1),
+            past: std::array::from_fn(|vcpu| config.start(vcpu).2),
         }
     }
 
@@ -322,12 +369,16 @@ impl<const C: usize, const V: usize> System<C, V> {
                 continue;
             }
             ops.extend([Op::Load(cpu), Op::Legacy(cpu)]);
+            let policies = config.vms[vcpu].policies.iter();
+            ops.extend(policies.map(|&policy| Op::SetPolicy(cpu, policy)));
             if config.mode == SldMode::Off || !config.kind(cpu).works() {
                 ops.push(Op::Bogus(cpu));
             }
             if !config.warns(cpu) {
                 ops.extend([Op::StepBegin(cpu), Op::StepEnd(cpu)]);
-            } else if config.has_siblings(cpu) && !self.core_steps(config, cpu) {
+            } else if (config.has_siblings(cpu) || sees_all(past.policy))
+                && !self.core_steps(config, cpu)
+            {
                 ops.push(Op::StepBegin(cpu));
             }
             match past.pending {
@@ -357,7 +408,9 @@ impl<const C: usize, const V: usize> System<C, V> {
         match (op, next.apply(&faulty, op, self)) {
             (Op::Online(_), _) => Ok(()),
             (_, Err(Broken { invariant: NO_FAULT, .. })) => {
-                let same = next.tasks == self.tasks
+                let policy = matches!(op, Op::SetPolicy(..)) && next.vcpus != self.vcpus;
+                let same = !policy
+                    && next.tasks == self.tasks
                     && next.cpus == self.cpus
                     && next.cores == self.cores
                     && next.msrs == self.msrs;
@@ -382,9 +435,7 @@ impl<const C: usize, const V: usize> System<C, V> {
     fn reuse(&mut self, config: &Config<C, V>) {
         for vcpu in 0..V {
             if self.past[vcpu].dead && !self.running.contains(&Some(Runs::Vcpu(vcpu))) {
-                self.tasks.vcpu[vcpu] = config.task(vcpu);
-                self.vcpus[vcpu] = config.vcpu(vcpu);
-                self.past[vcpu] = Past::default();
+                (self.tasks.vcpu[vcpu], self.vcpus[vcpu], self.past[vcpu]) = config.start(vcpu);
             }
         }
     }
@@ -523,7 +574,8 @@ impl<const C: usize, const V: usize> System<C, V> {
                 let past = &mut self.past[vcpu];
                 let flag = self.tasks.vcpu[vcpu].disabled;
                 let came_with = if past.loaded {
-                    let warned = past.warned_since_load && !config.exposed(vcpu);
+                    let has_say = config.exposed(vcpu) || sees_all(past.policy);
+                    let warned = past.warned_since_load && !has_say;
                     past.flag_at_load || warned
                 } else {
                     before.tasks.vcpu[vcpu].disabled
@@ -564,6 +616,7 @@ impl<const C: usize, const V: usize> System<C, V> {
                 self.check_written(&written, result, Why::GuestWrite)?;
                 self.changed(vcpu, 0, true, &written)?;
             }
+            Op::SetPolicy(cpu, policy) => self.set_policy(config, cpu, policy, before)?,
             Op::SplitLock(cpu) => {
                 let vcpu = self.vcpu_on(cpu);
                 self.past[vcpu].pending = Some(config.kind(cpu));
@@ -628,31 +681,47 @@ impl<const C: usize, const V: usize> System<C, V> {
         let verdict = no_fault(result)?;
 
         let kind = config.kind(cpu);
+        let policy = self.past[vcpu].policy;
         let guests_own = config.exposed(vcpu) && self.past[vcpu].virtual_msr & BIT != 0;
-        let siblings = self.siblings(config, cpu).count();
-        let expected = if !kind.readable() || ac == LEGACY {
-            "inject"
+        let expected: &[_] = if !kind.readable() || ac == LEGACY {
+            &["inject"]
         } else if !kind.works() || config.mode == SldMode::Off {
-            "kill-bogus"
+            &["kill-bogus"]
         } else if guests_own {
-            "inject"
-        } else if config.policy(vcpu) == SldMode::Fatal {
-            "kill"
+            &["inject"]
         } else {
-            "warn or step"
+            match policy {
+                Policy::Off | Policy::Warn => &["warn", "step"],
+                Policy::Step => &["step"],
+                Policy::Emulate => &["emulate"],
+                Policy::RateLimit(_) => &["throttle"],
+                Policy::Fatal => &["kill"],
+            }
         };
-        ensure!(expected.contains(verdict.as_str()), VERDICT, "{verdict:?}, not {expected}");
+        let name = verdict.as_str();
+        ensure!(expected.contains(&name), VERDICT, "{verdict:?}, not {expected:?}");
 
+        let flag = before.tasks.vcpu[vcpu].disabled;
+        let siblings = self.siblings(config, cpu).count();
+        let passes = matches!(policy, Policy::Off | Policy::Warn);
         let (first, real_bit) = match verdict {
             Verdict::Warn { first, real_bit } => {
                 ensure!(!self.bit(config, cpu), PROGRESS, "resumed with the bit on");
                 ensure!(!self.core_steps(config, cpu), PROGRESS, "a step's end may undo it");
-                let before = before.tasks.vcpu[vcpu].disabled;
-                ensure!(!before || siblings == 0, PROGRESS, "a sibling may undo it forever");
+                ensure!(!flag || siblings == 0, PROGRESS, "a sibling may undo it forever");
                 (first, real_bit)
             }
             Verdict::Step { first } => {
-                ensure!(siblings > 0, PROGRESS, "a step that nobody needs");
+                ensure!(!passes || siblings > 0, PROGRESS, "a step that nobody needs");
+                (first, None)
+            }
+            Verdict::Emulate { first, fallback } => {
+                let can_step = config.mode == SldMode::Warn;
+                ensure!((fallback == Fallback::Step) == can_step, PROGRESS, "{verdict:?}");
+                (first, None)
+            }
+            Verdict::Throttle { first, limit } => {
+                ensure!(Policy::RateLimit(limit) == policy, VERDICT, "{verdict:?}");
                 (first, None)
             }
             Verdict::Inject | Verdict::Kill | Verdict::KillBogus => {
@@ -663,11 +732,79 @@ impl<const C: usize, const V: usize> System<C, V> {
             }
         };
         self.check_written(&written, Ok(real_bit), Why::Warn)?;
-        ensure!(self.tasks.vcpu[vcpu].disabled, VERDICT, "{verdict:?} without the flag");
+        let now = self.tasks.vcpu[vcpu].disabled;
+        ensure!(now == (flag || passes), VERDICT, "{verdict:?} and left the flag {now}");
         let past = &mut self.past[vcpu];
-        ensure!(first != past.warned, WARN_ONCE, "{verdict:?}");
-        past.warned = true;
-        past.warned_since_load = past.loaded;
+        ensure!(first == (!past.warned && policy != Policy::Off), WARN_ONCE, "{verdict:?}");
+        past.warned |= first;
+        past.warned_since_load |= past.loaded && passes;
+        Ok(())
+    }
+
+    fn set_policy(
+        &mut self,
+        config: &Config<C, V>,
+        cpu: usize,
+        policy: Policy,
+        before: &Self,
+    ) -> Result<(), Broken> {
+        let vcpu = self.vcpu_on(cpu);
+        let (result, written) = self.on(config, cpu, |here, tasks, vcpus| {
+            vcpus[vcpu].set_policy(here, &mut tasks.vcpu[vcpu], policy)
+        })?;
+        let result = match result {
+            Ok(result) if config.keeps(policy) => result,
+            Err(error) if !config.keeps(policy) => {
+                let expected = PolicyError { host: config.mode, vm: policy };
+                ensure!(error == expected, POLICY, "refused as {error}");
+                ensure!(self == before, POLICY, "refused {policy}, and changed something");
+                return Ok(());
+            }
+            result => {
+                ensure!(false, POLICY, "{policy}: {result:?}");
+                return Ok(());
+            }
+        };
+        self.check_written(&written, result, Why::Policy)?;
+        let past = &mut self.past[vcpu];
+        past.policy = policy;
+        past.flag_at_load = past.loaded && config.unloaded_flag(policy);
+        past.warned_since_load = false;
+        past.warned = false;
+        past.stale = false;
+        self.check_start_over(config, cpu, vcpu, policy, before)
+    }
+
+    /// After a change of policy: what has come out is what a new task and a new vCPU, with the
+    /// guest's MSR as it is, would have come to.
+    fn check_start_over(
+        &self,
+        config: &Config<C, V>,
+        cpu: usize,
+        vcpu: usize,
+        policy: Policy,
+        before: &Self,
+    ) -> Result<(), Broken> {
+        let config = Config { writes_fault: false, ..config.clone() };
+        let Past { virtual_msr, loaded, .. } = self.past[vcpu];
+        let vm = config.vm(vcpu, policy);
+        let mut new = before.clone();
+        new.tasks.vcpu[vcpu] = Task::of_vcpu(vcpu as u32, vm);
+        new.vcpus[vcpu] = Vcpu::new(vm);
+        let (result, _) = new.on(&config, cpu, |here, tasks, vcpus| {
+            let (task, vcpu) = (&mut tasks.vcpu[vcpu], &mut vcpus[vcpu]);
+            crate::task_switch(here, task)?;
+            let _ = vcpu.host_write(here, task, virtual_msr)?;
+            if loaded { vcpu.load(here, task) } else { Ok(None) }
+        })?;
+        no_fault(result)?;
+        let same = self.tasks == new.tasks
+            && self.cpus == new.cpus
+            && self.cores == new.cores
+            && self.msrs == new.msrs
+            // What an unloaded one keeps of its last load says nothing.
+            && (!loaded || self.vcpus == new.vcpus);
+        ensure!(same, START_OVER, "{policy}, vcpu {vcpu}");
         Ok(())
     }
 
@@ -686,8 +823,8 @@ impl<const C: usize, const V: usize> System<C, V> {
             MsrWrite::Gp | MsrWrite::Stored => None,
             MsrWrite::Propagated(real_bit) => Some(real_bit),
         };
-        if config.policy(vcpu) == SldMode::Fatal {
-            ensure!(written.is_empty(), FATAL_STORES, "wrote {written:x?}");
+        if config.mode == SldMode::Fatal || sees_all(self.past[vcpu].policy) {
+            ensure!(written.is_empty(), STORES, "wrote {written:x?}");
         }
         self.check_written(written, Ok(real_bit), Why::GuestWrite)
     }
@@ -727,6 +864,7 @@ impl<const C: usize, const V: usize> System<C, V> {
             | Op::Put(cpu)
             | Op::GuestWrite(cpu, ..)
             | Op::Reset(cpu)
+            | Op::SetPolicy(cpu, _)
             | Op::SplitLock(cpu)
             | Op::Verdict(cpu)
             | Op::Legacy(cpu)
@@ -770,6 +908,8 @@ impl<const C: usize, const V: usize> System<C, V> {
             let expected = (Some(past.virtual_msr), told.then_some(0x20));
             ensure!(read == expected, READ_BACK, "vcpu {vcpu} reads {read:x?}");
             ensure!(state.vm().exposed() == told, READ_BACK, "vcpu {vcpu} exposed");
+            let policy = state.vm().policy();
+            ensure!(policy == past.policy, POLICY, "vcpu {vcpu} has {policy}");
             if config.mode != SldMode::Warn {
                 ensure!(!self.tasks.vcpu[vcpu].disabled, NO_FLAG, "task of vcpu {vcpu}");
             }
@@ -844,18 +984,27 @@ impl<const C: usize, const V: usize> System<C, V> {
         }
         let past = &self.past[vcpu];
         let on = self.bit(config, cpu);
-        if config.policy(vcpu) == SldMode::Fatal {
-            ensure!(on || !past.loaded, VM_FATAL, "cpu {cpu}, vcpu {vcpu}");
+        let forbidden = self.siblings(config, cpu).any(|(other, runs)| !self.flag(other, runs));
+        if sees_all(past.policy) {
+            ensure!(on || !past.loaded, SEES_ALL, "cpu {cpu}, vcpu {vcpu}");
         } else if !config.exposed(vcpu) {
-            ensure!(on || past.warned, UNAWARE, "cpu {cpu}, vcpu {vcpu}");
+            if past.policy == Policy::Off {
+                ensure!(on == forbidden, VM_OFF, "cpu {cpu}, vcpu {vcpu} has {on}");
+            } else {
+                ensure!(on || past.warned, UNAWARE, "cpu {cpu}, vcpu {vcpu}");
+            }
         } else if past.loaded && !past.stale {
             let wrote = past.virtual_msr & BIT != 0;
-            let forbidden = self.siblings(config, cpu).any(|(other, runs)| !self.flag(other, runs));
             let sees = on == wrote || (on && forbidden);
             ensure!(sees, GUEST_SEES, "cpu {cpu}, vcpu {vcpu} wrote {wrote}, has {on}");
         }
         Ok(())
     }
+}
+
+/// Whether a VM with this policy is to have no split lock that is not its own and goes unseen.
+pub fn sees_all(policy: Policy) -> bool {
+    [Policy::Step, Policy::Emulate, LIMIT, Policy::Fatal].contains(&policy)
 }
 
 fn no_fault<T>(result: Result<T, MsrFault>) -> Result<T, Broken> {

@@ -6,8 +6,8 @@ use std::thread;
 
 use super::hardware::BIT;
 use crate::{
-    Core, Cpu, Detection, Host, MsrFault, PreemptionDisabled, SldMode, Task, TestCtrl, ThisCpu,
-    Vcpu, VmPolicy, Why, offline, online, step_begin, step_end, verify,
+    Core, Cpu, Detection, Host, MsrFault, Policy, PreemptionDisabled, SldMode, Task, TestCtrl,
+    ThisCpu, Vcpu, VmPolicy, Why, offline, online, step_begin, step_end, verify,
 };
 
 const ROUNDS: u32 = 20_000;
@@ -59,7 +59,7 @@ impl<'a> PreemptionDisabled for Guard<'a> {
 fn run(id: u32, core: &Core, msr: &AtomicU64, redundant: &AtomicU32, guests: &RwLock<()>) -> u32 {
     let mut guard = Guard { cpu: Cpu::new(), core, hardware: Sibling { msr, redundant } };
     assert_eq!(online(&mut guard, SldMode::Warn).detection, Detection::Works);
-    let host = Host { configured: SldMode::Warn, enforced: SldMode::Warn };
+    let host = Host { configured: Policy::Warn, enforced: SldMode::Warn };
     let mut vcpu = Vcpu::new(VmPolicy::new(host, None, true).unwrap());
     let mut task = Task::new(id);
     let mut lost = 0;
