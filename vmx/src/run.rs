@@ -5,7 +5,7 @@ use core::fmt;
 
 use raw_cpuid::CpuIdReaderNative;
 use raw_cpuid::CpuIdResult;
-use sld::{AcContext, MsrFault, MsrWrite, PreemptionDisabled, RealBit, Task, Verdict, Written};
+use sld::{MsrFault, MsrWrite, PerSecond, PreemptionDisabled, RealBit, Task, Written};
 
 use crate::addr::GuestPhysAddr;
 use crate::apic::{Command, Delivery, Ipi};
@@ -21,8 +21,9 @@ use crate::instruction::{VmFail, invvpid_single_context, last_error, now};
 use crate::mailbox::{Mail, Mailbox, Signals};
 use crate::msr_policy::{self, Policy};
 use crate::setup::*;
+use crate::split_lock::AcReport;
 use crate::vcpu::{Activity, Loaded, Step};
-use crate::walk::{GuestRead, Paging, translate};
+use crate::walk::{GuestRead, GuestWrite, Paging, translate};
 use crate::world::register::{RAX, RBX, RCX, RDX, RSP};
 
 /// The machine around a vCPU: what the hypervisor kernel provides while the vCPU runs.
@@ -30,7 +31,7 @@ pub trait Host {
     /// Access to this CPU's split-lock detection; see [`sld::PreemptionDisabled`].
     type Pinned: PreemptionDisabled;
     /// The guest's memory.
-    type Memory: GuestRead;
+    type Memory: GuestWrite;
 
     /// This CPU's split-lock detection and the task that the vCPU runs on.
     fn sld(&mut self) -> (&mut Self::Pinned, &mut Task);
@@ -70,7 +71,14 @@ pub trait Host {
     /// MSR 0x33 faulted.
     fn end_step(&mut self) -> Result<(), MsrFault>;
 
-    /// The guest raised #AC.
+    /// Keeps the VM's other vCPUs out of the guest until [`Self::release_vm`].
+    fn stop_vm(&mut self) -> Alone;
+    /// They may go on.
+    fn release_vm(&mut self);
+    /// Whether the guest, which may do that so many times a second, may lock the bus now. If not, the host has noted how long the vCPU waits.
+    fn may_split(&mut self, limit: PerSecond) -> bool;
+
+    /// The guest raised #AC, and this was done about it.
     fn on_ac(&mut self, report: &AcReport);
     /// The guest wrote 0x33.
     fn on_test_ctrl_write(&mut self, value: u64, result: MsrWrite);
@@ -128,21 +136,6 @@ pub enum Alone {
     Again,
     /// The VM cannot have it.
     Refused,
-}
-
-/// An #AC that a guest raised, and what is done about it.
-#[derive(Debug, Clone, Copy)]
-pub struct AcReport {
-    /// The guest's RIP: an offset into CS.
-    pub rip: u64,
-    /// Privilege level and alignment-check bits.
-    pub context: AcContext,
-    /// The guest's own bit 29.
-    pub virtual_bit: bool,
-    /// What is done.
-    pub verdict: Verdict,
-    /// The instruction at RIP.
-    pub instruction: InstructionBytes,
 }
 
 /// The bytes of an instruction, as far as they can be read: an instruction has 15 at most.
@@ -263,7 +256,7 @@ const fn comes_back(reason: BasicReason) -> bool {
 }
 
 /// What an exit handler decides.
-type Handled = Result<(), Stop>;
+pub(crate) type Handled = Result<(), Stop>;
 
 impl From<End> for Stop {
     fn from(end: End) -> Self {
@@ -282,7 +275,7 @@ impl Loaded<'_> {
         };
         match self.abandon_steps(host) {
             Ok(()) => stop,
-            Err(fault) => End::from(fault).into(),
+            Err(end) => end,
         }
     }
 
@@ -348,52 +341,21 @@ impl Loaded<'_> {
     }
 
     /// Has [`Self::attend`] called after the exit that is being handled.
-    fn want_attention(&mut self) {
+    pub(crate) fn want_attention(&mut self) {
         self.vcpu.attention_at = 0;
     }
 
-    /// Carries [`Verdict::Step`] out. Should the turn have ended first, the instruction raises its
-    /// #AC again.
-    fn begin_wanted_step(&mut self, host: &mut impl Host) -> Handled {
-        if !self.vcpu.step.contains(Step::WANTED) {
-            return Ok(());
-        }
-        self.vcpu.step.remove(Step::WANTED);
-        match host.begin_step().map_err(End::from)? {
-            Alone::Yes => {
-                self.vcpu.step.insert(Step::SPLIT_LOCK);
-                self.set_primary(Primary::MONITOR_TRAP_FLAG, true);
-                self.want_attention();
-                Ok(())
-            }
-            Alone::Held => Err(Stop::Held),
-            Alone::Again => Ok(()),
-            Alone::Refused => Err(End::SplitLock.into()),
-        }
-    }
-
-    /// Detection is off for one VM entry at most, whatever the exit was.
-    fn end_split_lock_step(&mut self, host: &mut impl Host) -> Handled {
-        if self.vcpu.step.contains(Step::SPLIT_LOCK) {
-            self.vcpu.step.remove(Step::SPLIT_LOCK);
-            host.end_step().map_err(End::from)?;
-            let hole = self.vcpu.step.contains(Step::HOLE);
-            self.set_primary(Primary::MONITOR_TRAP_FLAG, hole);
-        }
-        Ok(())
-    }
-
     /// The turn is over: nothing that was to last for one instruction stays.
-    fn abandon_steps(&mut self, host: &mut impl Host) -> Result<(), MsrFault> {
-        let step = core::mem::replace(&mut self.vcpu.step, Step::empty());
-        if step.is_empty() {
+    fn abandon_steps(&mut self, host: &mut impl Host) -> Handled {
+        if self.vcpu.step.is_empty() {
             return Ok(());
         }
-        self.set_primary(Primary::MONITOR_TRAP_FLAG, false);
-        if step.contains(Step::HOLE) {
-            host.unmap_holes();
+        self.give_up_step(host);
+        let ended = self.end_split_lock_step(host);
+        if self.vcpu.step.contains(Step::HOLE) {
+            self.step_done(host);
         }
-        if step.contains(Step::SPLIT_LOCK) { host.end_step() } else { Ok(()) }
+        ended
     }
 
     /// What other vCPUs have posted takes effect.
@@ -420,7 +382,7 @@ impl Loaded<'_> {
     /// INIT: SDM volume 3, section "Processor State After Reset". Every vCPU waits for SIPI after
     /// it, the first one too: there is no firmware that it could start.
     fn init(&mut self, host: &mut impl Host) -> Handled {
-        self.vcpu.step.remove(Step::WANTED);
+        self.give_up_step(host);
         init(&mut self.vmcs, &self.vcpu.cr4);
         for control in [Primary::INTERRUPT_WINDOW_EXITING, Primary::NMI_WINDOW_EXITING] {
             self.set_primary(control, false);
@@ -520,7 +482,13 @@ impl Loaded<'_> {
     /// The same where RIP is known already.
     #[inline(always)]
     fn skip_instruction_at(&mut self, rip: u64) {
-        let mut next = rip.wrapping_add(u64::from(self.vmcs.read(EXIT_INSTRUCTION_LENGTH)));
+        self.skip_bytes(rip, self.vmcs.read(EXIT_INSTRUCTION_LENGTH).into());
+    }
+
+    /// The same for an instruction whose length no exit tells.
+    #[inline(always)]
+    pub(crate) fn skip_bytes(&mut self, rip: u64, length: u64) {
+        let mut next = rip.wrapping_add(length);
         if (rip ^ next) >> 32 != 0 && !self.in_64_bit_mode() {
             next &= 0xffff_ffff;
         }
@@ -656,7 +624,7 @@ impl Loaded<'_> {
     }
 
     /// Ends the turn if the records of what happened need to be written out.
-    fn make_room(&mut self, host: &impl Host) {
+    pub(crate) fn make_room(&mut self, host: &impl Host) {
         if host.is_full() {
             self.vcpu.stop_at = 0;
             self.want_attention();
@@ -806,48 +774,6 @@ impl Loaded<'_> {
         Ok(())
     }
 
-    /// #AC: see the verdict table in [`sld::Vcpu::on_ac`].
-    fn alignment_check(&mut self, host: &mut impl Host, info: InterruptionInfo) -> Handled {
-        self.end_split_lock_step(host)?;
-        let cr0 = self.vmcs.read(GUEST_CR0);
-        let context = AcContext {
-            // DPL of SS: 3 in virtual-8086 mode, 0 in real mode.
-            cpl: (self.vmcs.read(GUEST_SS_ACCESS_RIGHTS) >> 5 & 3) as u8,
-            cr0_am: cr0 & CR0_AM != 0,
-            eflags_ac: self.vmcs.read(GUEST_RFLAGS) & RFLAGS_AC != 0,
-        };
-        let (pinned, task) = host.sld();
-        let verdict = self.vcpu.sld.on_ac(pinned, task, context).map_err(End::from)?;
-        let rip = self.vmcs.read(GUEST_RIP);
-        let instruction = self.instruction_at(host.memory(), rip);
-        let virtual_bit = self.vcpu.sld.virtual_bit();
-        host.on_ac(&AcReport { rip, context, virtual_bit, verdict, instruction });
-        self.make_room(host);
-        match verdict {
-            Verdict::Inject => {
-                self.keep_interrupted(info.nmi_unblocked_by_iret());
-                let error = (cr0 & CR0_PE != 0).then_some(0);
-                self.inject(EventKind::HardwareException, vector::AC, error, 0);
-            }
-            Verdict::Warn { real_bit, .. } => {
-                if let Some(written) = real_bit {
-                    host.on_real_bit(written);
-                }
-                self.restore_nmi_blocking(info.nmi_unblocked_by_iret());
-                self.requeue();
-            }
-            Verdict::Step { .. } => {
-                self.restore_nmi_blocking(info.nmi_unblocked_by_iret());
-                self.requeue();
-                self.vcpu.step.insert(Step::WANTED);
-                self.want_attention();
-            }
-            Verdict::Kill => return Err(End::SplitLock.into()),
-            Verdict::KillBogus => return Err(End::BogusAc.into()),
-        }
-        Ok(())
-    }
-
     /// #DB is intercepted to break endless loops only: the guest gets it as it would have.
     fn debug_exception(&mut self, info: InterruptionInfo) {
         let causes = self.vmcs.read(EXIT_QUALIFICATION) & DR6_CAUSES;
@@ -897,7 +823,7 @@ impl Loaded<'_> {
         self.want_attention();
     }
 
-    fn set_primary(&mut self, control: Primary, on: bool) {
+    pub(crate) fn set_primary(&mut self, control: Primary, on: bool) {
         let bits = self.vmcs.read(PRIMARY_CONTROLS);
         let bits = if on { bits | control.bits() } else { bits & !control.bits() };
         self.vmcs.write(PRIMARY_CONTROLS, bits);
@@ -922,7 +848,7 @@ impl Loaded<'_> {
 
     /// Has the next VM entry deliver an event. The field is cleared by each exit, so that what
     /// stands there is always what the last exit's handler decided.
-    fn inject(&mut self, kind: EventKind, vector: u8, error: Option<u32>, length: u32) {
+    pub(crate) fn inject(&mut self, kind: EventKind, vector: u8, error: Option<u32>, length: u32) {
         let info = InterruptionInfo::inject(kind, vector, error.is_some());
         self.vmcs.write(ENTRY_INTERRUPTION_INFO, info.0);
         if let Some(error) = error {
@@ -935,7 +861,7 @@ impl Loaded<'_> {
 
     /// Has the next VM entry deliver again what the exit interrupted: the guest's instruction, or
     /// the event's delivery, is resumed.
-    fn requeue(&mut self) {
+    pub(crate) fn requeue(&mut self) {
         let info = InterruptionInfo(self.vmcs.read(IDT_VECTORING_INFO));
         if !info.is_valid() {
             return;
@@ -957,7 +883,7 @@ impl Loaded<'_> {
     /// An exception is about to be injected in place of the event whose delivery the exit
     /// interrupted. A fault or a software interrupt will recur by itself; an external interrupt or
     /// an NMI would be lost, so it waits for the guest to be able to take it.
-    fn keep_interrupted(&mut self, nmi_unblocked_by_iret: bool) {
+    pub(crate) fn keep_interrupted(&mut self, nmi_unblocked_by_iret: bool) {
         let info = InterruptionInfo(self.vmcs.read(IDT_VECTORING_INFO));
         match info.kind() {
             EventKind::External if info.is_valid() => {
@@ -977,7 +903,7 @@ impl Loaded<'_> {
     /// IRET had ended NMI blocking before it faulted; it will be executed again, so the blocking
     /// must stand again: SDM volume 3, section "Resuming Guest Software after Handling an
     /// Exception".
-    fn restore_nmi_blocking(&mut self, unblocked_by_iret: bool) {
+    pub(crate) fn restore_nmi_blocking(&mut self, unblocked_by_iret: bool) {
         let interrupted = InterruptionInfo(self.vmcs.read(IDT_VECTORING_INFO)).is_valid();
         if unblocked_by_iret && !interrupted {
             let blocking = self.vmcs.read(GUEST_INTERRUPTIBILITY);
@@ -1079,7 +1005,7 @@ impl Loaded<'_> {
         self.vmcs.read(GUEST_CR4) & owned | self.vmcs.read(CR4_READ_SHADOW) & !owned
     }
 
-    fn in_64_bit_mode(&self) -> bool {
+    pub(crate) fn in_64_bit_mode(&self) -> bool {
         self.vmcs.read(GUEST_CS_ACCESS_RIGHTS) & 1 << 13 != 0
             && self.vmcs.read(GUEST_IA32_EFER) & EFER_LMA != 0
     }
@@ -1183,7 +1109,7 @@ impl Loaded<'_> {
     }
 
     /// A guest's own change of paging flushes its translations; done for it, they must go too.
-    fn flush_tlb(&mut self) {
+    pub(crate) fn flush_tlb(&mut self) {
         // SAFETY: a current VMCS proves VMX root operation.
         unsafe { invvpid_single_context(self.vmcs.read(VPID)) }
             .expect("INVVPID single-context is a required capability");
@@ -1193,7 +1119,7 @@ impl Loaded<'_> {
 
     /// The instruction at CS:RIP. Asked for the same place again, the answer is what stood there
     /// the first time, even if the guest has changed it since.
-    fn instruction_at(&mut self, memory: &impl GuestRead, rip: u64) -> InstructionBytes {
+    pub(crate) fn instruction_at(&mut self, memory: &impl GuestRead, rip: u64) -> InstructionBytes {
         let cs_base = self.vmcs.read(GUEST_CS_BASE);
         let cr3 = self.vmcs.read(GUEST_CR3);
         if let Some(last) = &self.vcpu.ac_place
@@ -1206,7 +1132,7 @@ impl Loaded<'_> {
         instruction
     }
 
-    fn read_instruction(
+    pub(crate) fn read_instruction(
         &self,
         memory: &impl GuestRead,
         rip: u64,
@@ -1231,6 +1157,12 @@ impl Loaded<'_> {
 
     /// Where a linear address lies.
     fn translate(&self, memory: &impl GuestRead, linear: u64) -> Option<GuestPhysAddr> {
+        let (paging, pdptes) = self.paging();
+        translate(memory, paging, self.vmcs.read(GUEST_CR3), pdptes, linear)
+    }
+
+    /// How the guest translates, and its PDPTEs where it uses them.
+    pub(crate) fn paging(&self) -> (Paging, [u64; 4]) {
         let cr4 = self.vmcs.read(GUEST_CR4);
         let mut pdptes = [0; 4];
         let paging = if self.vmcs.read(GUEST_CR0) & CR0_PG == 0 {
@@ -1244,7 +1176,7 @@ impl Loaded<'_> {
         } else {
             Paging::Bits32 { page_size_extensions: cr4 & CR4_PSE != 0 }
         };
-        translate(memory, paging, self.vmcs.read(GUEST_CR3), pdptes, linear)
+        (paging, pdptes)
     }
 
     /// Split-lock detection's part of [`crate::vcpu::Vcpu::load`]: call it once the vCPU is

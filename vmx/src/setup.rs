@@ -20,6 +20,8 @@ pub const CR0_PE: u64 = 1 << 0;
 pub const CR0_ET: u64 = 1 << 4;
 /// CR0.NE, 1 in VMX operation whatever the guest says.
 pub const CR0_NE: u64 = 1 << 5;
+/// CR0.WP.
+pub const CR0_WP: u64 = 1 << 16;
 /// CR0.AM.
 pub const CR0_AM: u64 = 1 << 18;
 /// CR0.NW.
@@ -39,6 +41,8 @@ pub const CR4_MCE: u64 = 1 << 6;
 pub const CR4_PCIDE: u64 = 1 << 17;
 /// CR4.OSXSAVE.
 pub const CR4_OSXSAVE: u64 = 1 << 18;
+/// CR4.SMAP.
+pub const CR4_SMAP: u64 = 1 << 21;
 /// CR4.VMXE: set while guests run, and hidden from them.
 pub const CR4_VMXE: u64 = 1 << 13;
 
@@ -46,6 +50,8 @@ pub const CR4_VMXE: u64 = 1 << 13;
 pub const EFER_LME: u64 = 1 << 8;
 /// EFER.LMA.
 pub const EFER_LMA: u64 = 1 << 10;
+/// EFER.NXE.
+pub const EFER_NXE: u64 = 1 << 11;
 
 /// RFLAGS: the bit that is always 1.
 pub const RFLAGS_FIXED: u64 = 1 << 1;
@@ -53,10 +59,15 @@ pub const RFLAGS_FIXED: u64 = 1 << 1;
 pub const RFLAGS_TF: u64 = 1 << 8;
 /// RFLAGS.IF.
 pub const RFLAGS_IF: u64 = 1 << 9;
+/// RFLAGS.RF.
+pub const RFLAGS_RF: u64 = 1 << 16;
 /// RFLAGS.VM.
 pub const RFLAGS_VM: u64 = 1 << 17;
 /// RFLAGS.AC.
 pub const RFLAGS_AC: u64 = 1 << 18;
+
+/// Access rights of a code segment: code of 32 bits, outside of 64-bit mode.
+pub const RIGHTS_DEFAULT_BIG: u32 = 1 << 14;
 
 /// PAUSEs further apart than this, in TSC ticks, are not of one loop. KVM's default.
 const PAUSE_GAP: u32 = 128;

@@ -17,6 +17,7 @@ use crate::instruction::{CurrentVmcs, VmFail, invvpid_single_context, vmclear, v
 use crate::msr_policy::msr;
 use crate::run::AcPlace;
 use crate::setup::{self, Cr4, Pointers};
+use crate::split_lock::AcReport;
 use crate::world::{GuestState, register, vmx_exit_entry};
 use crate::xstate::{self, XArea};
 
@@ -169,6 +170,8 @@ pub struct Vcpu {
     pub(crate) activity: Activity,
     /// The next VM entry is for one instruction; nothing may end the turn before the exit after it.
     pub(crate) step: Step,
+    /// The #AC for which there is, or is to be, a step.
+    pub(crate) stepped: Option<AcReport>,
     /// The guest's TSC less the host's.
     pub(crate) tsc_offset: u64,
     /// When its turn is over or its timer is due, in the host's TSC.
@@ -280,6 +283,7 @@ impl Vcpu {
                 Origin::WaitForSipi => Activity::WaitForSipi,
             },
             step: Step::empty(),
+            stepped: None,
             tsc_offset: 0,
             attention_at: 0,
             stop_at: 0,
@@ -440,6 +444,17 @@ impl Loaded<'_> {
         // SAFETY: reading DR6 at CPL 0; DR7.GD is 0 in the host.
         unsafe { asm!("mov {}, dr6", out(reg) value, options(nomem, nostack)) };
         value
+    }
+
+    /// DR0 to DR3, which are in the CPU as well.
+    pub(crate) fn debug_addresses(&self) -> [u64; 4] {
+        let (zero, one, two, three);
+        // SAFETY: as for `dr6`.
+        unsafe {
+            asm!("mov {}, dr0", "mov {}, dr1", "mov {}, dr2", "mov {}, dr3", out(reg) zero,
+                 out(reg) one, out(reg) two, out(reg) three, options(nomem, nostack));
+        }
+        [zero, one, two, three]
     }
 
     /// As [`Self::dr6`].

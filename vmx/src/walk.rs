@@ -18,6 +18,12 @@ pub trait GuestRead {
     }
 }
 
+/// Guest memory that can be written too.
+pub trait GuestWrite: GuestRead {
+    /// Copies `bytes` to `gpa`; false, and nothing written, when some of it is not guest memory.
+    fn write(&self, gpa: GuestPhysAddr, bytes: &[u8]) -> bool;
+}
+
 /// How the guest translates linear addresses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Paging {
