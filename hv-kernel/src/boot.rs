@@ -8,7 +8,7 @@ use core::fmt;
 use bootloader_api::config::Mapping;
 use bootloader_api::info::{MemoryRegionKind, Optional};
 use bootloader_api::{BootInfo, BootloaderConfig, entry_point};
-use sld::{Detection, SldMode};
+use sld::Detection;
 
 use crate::config::{AtEnd, Config};
 use crate::inbox::Message;
@@ -111,11 +111,11 @@ fn run(
         stop_after_loads: config.stop_after_loads,
         verify: config.verify,
     };
-    let mut boot = BootCpu::start(config.sld, policy).map_err(refuse)?;
+    let mut boot = BootCpu::start(config.sld.mode(), policy).map_err(refuse)?;
     let bitmaps = Bitmaps::new().ok_or("no memory is left for bitmaps")?;
     let limit = config.cpus.map_or(MAX_CPUS, |cpus| cpus as usize);
     let page = memory::low_page(&info.memory_regions);
-    boot.start_others(&apic_ids, limit, page, (config.sld, policy));
+    boot.start_others(&apic_ids, limit, page, (config.sld.mode(), policy));
     say_boot(&boot, &config, firmware(info));
     let host = sld::Host { configured: config.sld, enforced: boot.cpu.sld.mode() };
     let factory = Factory { caps: &boot.caps, bitmaps, ramdisk, host };
@@ -164,7 +164,9 @@ fn say_boot(boot: &BootCpu, config: &Config, firmware: &str) {
         Detection::Failed(failure) => {
             log::error!("CPU 0: split-lock detection does not work: {failure}");
         }
-        Detection::Absent if config.sld == SldMode::Off => log::info!("split-lock detection: off"),
+        Detection::Absent if config.sld == sld::Policy::Off => {
+            log::info!("split-lock detection: off")
+        }
         Detection::Absent => log::warn!(
             "this CPU has no split-lock detection: guests' split locks happen unseen, mode {} is \
              without effect",
@@ -183,16 +185,16 @@ fn make_vms(factory: &Factory<'_>, config: &Config) -> Vec<Arc<Vm>> {
         match factory.build(vm_config, vcpus) {
             Ok((vm, tasks)) => {
                 let bytes = vm.memory.len();
-                log::info!("VM {name}: {} MiB, policy {}", bytes >> 20, vm.policy.mode());
+                log::info!("VM {name}: {} MiB, policy {}", bytes >> 20, vm.policy.policy());
                 events::write(percpu::stamp(), "vm-start", |json| {
                     json.text("vm", name)?;
-                    json.text("policy", vm.policy.mode())?;
+                    json.text("policy", vm.policy.policy())?;
                     json.flag("exposed", vm.policy.exposed())?;
                     json.number("vcpus", vm.placement.vcpus)?;
                     json.number("weight", vm.placement.weight)?;
                     json.number("memory_bytes", bytes)
                 });
-                summary::started(name, vm.policy.mode(), vm.placement.vcpus);
+                summary::started(name, vm.policy.policy(), vm.placement.vcpus);
                 vcpus += tasks.len();
                 tasks.into_iter().for_each(|task| place(task, &vm, &mut loads));
                 vms.push(vm);

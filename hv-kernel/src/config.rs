@@ -8,7 +8,7 @@ use core::fmt;
 use core::ops::RangeInclusive;
 
 use serde::Deserialize;
-use sld::SldMode;
+use sld::Policy;
 use vmx::fields::GuestField;
 use vmx::vcpu::MAX_OVERRIDES;
 
@@ -67,9 +67,9 @@ impl AtEnd {
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// The host's mode.
-    #[serde(deserialize_with = "mode")]
-    pub sld: SldMode,
+    /// What is done when a guest splits a lock; the host's mode follows from it.
+    #[serde(deserialize_with = "policy")]
+    pub sld: Policy,
     /// How long a vCPU runs before the next one's turn, in ticks of the TSC.
     #[serde(default = "default_slice")]
     pub slice_ticks: u64,
@@ -117,9 +117,9 @@ pub struct VmConfig {
     /// Whether CPUID and IA32_CORE_CAPABILITIES tell the guest that it has the feature.
     #[serde(default)]
     pub expose_sld: bool,
-    /// What is done when the guest splits a lock; the host's mode if absent.
-    #[serde(default, deserialize_with = "optional_mode")]
-    pub policy: Option<SldMode>,
+    /// What is done when this guest splits a lock; as in all others if absent.
+    #[serde(default, deserialize_with = "optional_policy")]
+    pub policy: Option<Policy>,
     /// The VM is ended once one of its vCPUs has run for this many ticks of the TSC; never if absent.
     #[serde(default)]
     pub limit_ticks: Option<u64>,
@@ -143,16 +143,16 @@ const fn default_weight() -> i64 {
     100
 }
 
-fn mode<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<SldMode, D::Error> {
+fn policy<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Policy, D::Error> {
     let text = String::deserialize(deserializer)?;
     text.parse().map_err(|error| serde::de::Error::custom(format!("{error}, not `{text}`")))
 }
 
-fn optional_mode<'de, D>(deserializer: D) -> Result<Option<SldMode>, D::Error>
+fn optional_policy<'de, D>(deserializer: D) -> Result<Option<Policy>, D::Error>
 where
     D: serde::Deserializer<'de>,
 {
-    mode(deserializer).map(Some)
+    policy(deserializer).map(Some)
 }
 
 fn at_end<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<AtEnd, D::Error> {
@@ -375,10 +375,10 @@ mod tests {
             "sld = \"fatal\"\nslice_ticks = 5\n{VM}expose_sld = true\npolicy = \"fatal\"\ncmdline = \"x y\"\n"
         );
         let config = Config::parse(text.as_bytes()).unwrap();
-        assert_eq!((config.sld, config.slice_ticks), (SldMode::Fatal, 5));
+        assert_eq!((config.sld, config.slice_ticks), (Policy::Fatal, 5));
         let vm = &config.vms[0];
         assert_eq!((vm.memory_mib, vm.expose_sld, vm.cmdline.as_str()), (8, true, "x y"));
-        assert_eq!(vm.policy, Some(SldMode::Fatal));
+        assert_eq!(vm.policy, Some(Policy::Fatal));
     }
 
     #[test]
@@ -481,7 +481,7 @@ mod tests {
 
     #[test]
     fn errors_name_the_line_and_say_what_to_do() {
-        assert!(error(&format!("sld = \"loud\"\n{VM}")).contains("use off, warn or fatal"));
+        assert!(error(&format!("sld = \"loud\"\n{VM}")).contains("use off, warn, step"));
         assert!(error(&format!("sld = \"loud\"\n{VM}")).contains("line 1"));
         assert!(error("sld = \"warn\"\n").contains("nothing to run"));
         assert!(error(&format!("sld = \"warn\"\ncolour = 1\n{VM}")).contains("colour"));

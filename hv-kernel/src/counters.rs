@@ -2,59 +2,54 @@
 
 use core::fmt;
 
-use sld::Verdict;
 use vmx::exit::BasicReason;
+use vmx::split_lock::AcOutcome;
 use vmx::vcpu::Counters as Exits;
 
 use crate::events::Object;
 
-/// Split locks, by what was done.
-#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+/// #ACs, by what was done.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct SplitLocks {
-    /// #AC delivered to the guest: its own.
-    pub inject: u64,
-    /// Let pass, with all that follow.
-    pub warn: u64,
-    /// Let pass, this one only.
-    pub step: u64,
-    /// VM stopped.
-    pub kill: u64,
+    outcomes: [u64; AcOutcome::ALL.len()],
     /// So many of all these may have been ordinary alignment checks.
-    pub legacy: u64,
+    legacy: u64,
 }
 
 impl SplitLocks {
-    /// Counts a verdict. `legacy`: the #AC may have been an ordinary alignment check.
-    pub fn count(&mut self, verdict: Verdict, legacy: bool) {
+    /// None.
+    pub const fn new() -> Self {
+        Self { outcomes: [0; AcOutcome::ALL.len()], legacy: 0 }
+    }
+
+    /// Counts one. `legacy`: the #AC may have been an ordinary alignment check.
+    pub fn count(&mut self, outcome: AcOutcome, legacy: bool) {
+        self.outcomes[outcome as usize] += 1;
         self.legacy += u64::from(legacy);
-        match verdict {
-            Verdict::Inject => self.inject += 1,
-            Verdict::Warn { .. } => self.warn += 1,
-            Verdict::Step { .. } => self.step += 1,
-            Verdict::Kill | Verdict::KillBogus => self.kill += 1,
-        }
     }
 
     /// Adds another one's.
     pub fn add(&mut self, other: &Self) {
-        self.inject += other.inject;
-        self.warn += other.warn;
-        self.step += other.step;
-        self.kill += other.kill;
+        self.outcomes.iter_mut().zip(other.outcomes).for_each(|(sum, count)| *sum += count);
         self.legacy += other.legacy;
     }
 
-    /// How many split locks there were.
+    /// How often this was done.
+    pub fn of(&self, outcome: AcOutcome) -> u64 {
+        self.outcomes[outcome as usize]
+    }
+
+    /// How many split locks there were: one that comes back is counted when something is done about it.
     pub fn seen(&self) -> u64 {
-        self.inject + self.warn + self.step + self.kill - self.legacy
+        let comes_back = [AcOutcome::Again, AcOutcome::Throttle];
+        let done = AcOutcome::ALL.iter().filter(|outcome| !comes_back.contains(outcome));
+        done.map(|outcome| self.of(*outcome)).sum::<u64>() - self.legacy
     }
 
     /// Writes them as fields of an event.
     pub fn write(&self, json: &mut Object<'_>) -> fmt::Result {
-        json.number("inject", self.inject)?;
-        json.number("warn", self.warn)?;
-        json.number("step", self.step)?;
-        json.number("kill", self.kill)
+        let mut counts = AcOutcome::ALL.iter().zip(self.outcomes);
+        counts.try_for_each(|(outcome, count)| json.number(outcome.as_str(), count))
     }
 }
 
@@ -80,7 +75,7 @@ impl Counters {
     pub const fn new() -> Self {
         Self {
             exits: Exits::NONE,
-            split_locks: SplitLocks { inject: 0, warn: 0, step: 0, kill: 0, legacy: 0 },
+            split_locks: SplitLocks::new(),
             real_bit_writes: 0,
             loads: 0,
             migrations: 0,

@@ -8,7 +8,7 @@ use core::fmt::{self, Write};
 
 use arrayvec::ArrayVec;
 use sld::{MsrWrite, RealBit};
-use vmx::run::AcReport;
+use vmx::split_lock::AcReport;
 
 use crate::serial;
 
@@ -176,7 +176,7 @@ impl Record {
                 json.flag("ac", report.context.eflags_ac)?;
                 json.flag("virtual_bit", report.virtual_bit)?;
                 json.flag("legacy", report.context.legacy())?;
-                json.text("verdict", report.verdict)?;
+                json.text("verdict", report.outcome)?;
                 json.text("bytes", Hex(report.instruction.as_slice()))
             }
             Event::TestCtrlWrite { value, result } => {
@@ -277,9 +277,10 @@ impl Write for Escape<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sld::{AcContext, Verdict, Why};
+    use sld::{AcContext, Why};
     use std::string::String;
     use vmx::run::InstructionBytes;
+    use vmx::split_lock::AcOutcome;
 
     const STAMP: Stamp = Stamp { tsc: 7, cpu: 3, seq: 5 };
 
@@ -300,7 +301,8 @@ mod tests {
             rip: 0x10_0000,
             context,
             virtual_bit: false,
-            verdict: Verdict::Kill,
+            outcome: AcOutcome::Kill,
+            first: false,
             instruction: InstructionBytes::new(bytes, 2),
         };
         assert_eq!(

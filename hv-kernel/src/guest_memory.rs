@@ -3,7 +3,7 @@
 use alloc::vec::Vec;
 
 use vmx::addr::{GuestPhysAddr, HostPhysAddr};
-use vmx::walk::GuestRead;
+use vmx::walk::{GuestRead, GuestWrite};
 
 use crate::frames::LARGE_FRAME;
 use crate::memory;
@@ -70,7 +70,7 @@ impl GuestMemory {
     /// # Errors
     ///
     /// [`OutOfMemoryRange`]; nothing is written then.
-    pub fn write(&mut self, gpa: GuestPhysAddr, bytes: &[u8]) -> Result<(), OutOfMemoryRange> {
+    pub fn write(&self, gpa: GuestPhysAddr, bytes: &[u8]) -> Result<(), OutOfMemoryRange> {
         self.parts(gpa, bytes.len(), |pointer, done, part| {
             // SAFETY: (1) `parts` keeps within one of the guest's frames and within `bytes`;
             // (2) no reference to guest memory exists, so nothing can overlap.
@@ -98,6 +98,12 @@ impl GuestRead for GuestMemory {
             unsafe { pointer.add(done).copy_from_nonoverlapping(source, part) };
         })
         .is_ok()
+    }
+}
+
+impl GuestWrite for GuestMemory {
+    fn write(&self, gpa: GuestPhysAddr, bytes: &[u8]) -> bool {
+        Self::write(self, gpa, bytes).is_ok()
     }
 }
 

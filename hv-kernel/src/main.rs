@@ -8,6 +8,7 @@
 extern crate alloc;
 
 mod acpi;
+mod clock;
 mod config;
 mod console;
 mod deadlines;

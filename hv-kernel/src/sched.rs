@@ -53,7 +53,7 @@ static DONE: AtomicBool = AtomicBool::new(false);
 /// The weight that changes nothing.
 const USUAL_WEIGHT: u64 = 100;
 /// How many slices a task may be ahead or behind when it comes to a CPU.
-const MAX_LAG_SLICES: u64 = 2;
+const MAX_LAG_SLICES: u64 = 3;
 /// What a wake-up costs others, in ticks of the TSC: a kick, and two switches. Whoever is woken
 /// pays for it in virtual time, so that vCPUs which wake each other all the time do not live on
 /// the time of those whom they interrupt.

@@ -4,8 +4,9 @@ use core::fmt::{self, Write};
 
 use arrayvec::{ArrayString, ArrayVec};
 use raw_cpuid::{CpuId, CpuIdReaderNative};
-use sld::{Detection, SldMode};
+use sld::{Detection, Policy};
 use spin::Mutex;
+use vmx::split_lock::AcOutcome;
 
 use crate::config::{AtEnd, MAX_NAME, MAX_VMS};
 use crate::console::Console;
@@ -35,7 +36,7 @@ pub struct Host {
     /// How many CPUs are used.
     pub cpus: u32,
     /// What the operator wants.
-    pub mode: SldMode,
+    pub mode: Policy,
     /// What the CPUs can do.
     pub detection: Detection,
 }
@@ -44,7 +45,7 @@ pub struct Host {
 #[derive(Debug)]
 struct Row {
     name: ArrayString<MAX_NAME>,
-    policy: Option<SldMode>,
+    policy: Option<Policy>,
     vcpus: u32,
     split_locks: SplitLocks,
     end: Short<MAX_END>,
@@ -55,12 +56,12 @@ struct Row {
 }
 
 impl Row {
-    fn new(name: &str, policy: Option<SldMode>, vcpus: u32) -> Self {
+    fn new(name: &str, policy: Option<Policy>, vcpus: u32) -> Self {
         Self {
             name: ArrayString::from(name).unwrap_or_default(),
             policy,
             vcpus,
-            split_locks: SplitLocks::default(),
+            split_locks: SplitLocks::new(),
             end: Short::of(format_args!("still running")),
             colour: Colour::Text,
             why: Short::new(),
@@ -88,7 +89,7 @@ pub fn host(host: Host) {
 }
 
 /// A VM is made.
-pub fn started(name: &str, policy: SldMode, vcpus: u32) {
+pub fn started(name: &str, policy: Policy, vcpus: u32) {
     add(Row::new(name, Some(policy), vcpus));
 }
 
@@ -165,22 +166,20 @@ impl Run {
     /// At most so many rows below the heading; how many there are.
     fn table(&self, lines: &mut impl Lines, rows: usize) -> usize {
         let name = self.vms.iter().map(|row| row.name.len()).max().unwrap_or(0).max(2);
+        let policies = self.vms.iter().map(|row| policy_text(row.policy).0.len());
+        let policy = policies.max().unwrap_or(0).max("policy".len());
         let verdicts = self.vms.iter().map(|row| Verdicts(row.split_locks).text().0.len());
         let verdict = verdicts.max().unwrap_or(0).max("verdict".len());
         lines.line(
             Colour::Heading,
             format_args!(
-                "{:name$}  policy  vCPUs  split locks  {:verdict$}  how it ended",
-                "VM", "verdict"
+                "{:name$}  {:policy$}  vCPUs  split locks  {:verdict$}  how it ended",
+                "VM", "policy", "verdict"
             ),
         );
         let shown = if self.vms.len() > rows { rows.saturating_sub(1) } else { rows };
         for row in self.vms.iter().take(shown) {
-            let policy = row.policy.map_or("-", |policy| match policy {
-                SldMode::Off => "off",
-                SldMode::Warn => "warn",
-                SldMode::Fatal => "fatal",
-            });
+            let shown_policy = policy_text(row.policy);
             let vcpus: Short<8> = match row.vcpus {
                 0 => Short::of(format_args!("-")),
                 vcpus => Short::of(format_args!("{vcpus}")),
@@ -188,8 +187,9 @@ impl Run {
             lines.part(
                 Colour::Text,
                 format_args!(
-                    "{:name$}  {policy:6}  {:<5}  {:<11}  {:verdict$}  ",
+                    "{:name$}  {:policy$}  {:<5}  {:<11}  {:verdict$}  ",
                     &*row.name,
+                    &*shown_policy.0,
                     &*vcpus.0,
                     row.split_locks.seen(),
                     &*Verdicts(row.split_locks).text().0
@@ -218,7 +218,7 @@ impl Run {
 
     fn totals(&self, lines: &mut impl Lines, ending: Ending<'_>) {
         let Ending::Finished { exits, violations } = ending else { return };
-        let mut sum = SplitLocks::default();
+        let mut sum = SplitLocks::new();
         self.vms.iter().for_each(|row| sum.add(&row.split_locks));
         let vms = self.vms.len();
         lines.line(
@@ -270,13 +270,13 @@ impl Host {
     fn detection_text(self) -> (Colour, Short<MAX_LINE>) {
         let mode = self.mode;
         match self.detection {
-            Detection::Works if mode == SldMode::Off => {
+            Detection::Works if mode == Policy::Off => {
                 (Colour::Text, Short::of(format_args!("by the CPU, switched off (mode off)")))
             }
             Detection::Works => {
                 (Colour::Good, Short::of(format_args!("by the CPU (MSR 0x33), mode {mode}")))
             }
-            Detection::Absent if mode == SldMode::Off => {
+            Detection::Absent if mode == Policy::Off => {
                 (Colour::Text, Short::of(format_args!("not on this CPU, mode off")))
             }
             Detection::Absent => (
@@ -302,14 +302,22 @@ impl fmt::Display for CpuName {
     }
 }
 
+/// A VM's policy; nothing is known of one for a VM that cannot start.
+fn policy_text(policy: Option<Policy>) -> Short<16> {
+    match policy {
+        Some(policy) => Short::of(format_args!("{policy}")),
+        None => Short::of(format_args!("-")),
+    }
+}
+
 /// What was done about split locks, as in the events.
 struct Verdicts(SplitLocks);
 
 impl Verdicts {
     fn text(&self) -> Short<64> {
-        let SplitLocks { inject, warn, step, kill, .. } = self.0;
         let mut text = Short::new();
-        for (name, count) in [("inject", inject), ("kill", kill), ("step", step), ("warn", warn)] {
+        for outcome in AcOutcome::ALL {
+            let (name, count) = (outcome.as_str(), self.0.of(outcome));
             let separator = if text.0.is_empty() { "" } else { ", " };
             // What is too long is cut.
             let _ = match count {
@@ -485,6 +493,7 @@ mod tests {
     use super::*;
     use std::string::String;
     use std::{format, vec::Vec};
+    use vmx::split_lock::AcOutcome::{Inject, Kill, Warn};
 
     struct Sheet {
         size: (usize, usize),
@@ -512,17 +521,24 @@ mod tests {
         }
     }
 
+    fn locks(counts: &[(AcOutcome, u32)], legacy: bool) -> SplitLocks {
+        let mut locks = SplitLocks::new();
+        for (outcome, count) in counts {
+            (0..*count).for_each(|_| locks.count(*outcome, legacy));
+        }
+        locks
+    }
+
     fn row(name: &str, split_locks: SplitLocks, end: &str) -> Row {
         let end = Short::of(format_args!("{end}"));
-        Row { split_locks, end, ..Row::new(name, Some(SldMode::Warn), 2) }
+        Row { split_locks, end, ..Row::new(name, Some(Policy::Warn), 2) }
     }
 
     fn run() -> Run {
-        let none = SplitLocks::default();
         let mut run = Run { host: None, vms: ArrayVec::new() };
-        run.vms.push(row("split", SplitLocks { warn: 1, ..none }, "exit 33"));
-        run.vms.push(row("sld-aware", SplitLocks { inject: 4, kill: 1, ..none }, "split lock"));
-        run.vms.push(row("legacy", SplitLocks { inject: 6, legacy: 6, ..none }, "still running"));
+        run.vms.push(row("split", locks(&[(Warn, 1)], false), "exit 33"));
+        run.vms.push(row("sld-aware", locks(&[(Inject, 4), (Kill, 1)], false), "split lock"));
+        run.vms.push(row("legacy", locks(&[(Inject, 6)], true), "still running"));
         run.vms.push(Row {
             end: Short::of(format_args!("cannot start")),
             why: Short::of(format_args!("the ramdisk has no file `a`: add it, or correct `image`")),
@@ -551,11 +567,11 @@ mod tests {
     fn a_page_shows_all_that_there_is_room_for() {
         let mut run = run();
         while !run.vms.is_full() {
-            run.vms.push(row("another", SplitLocks::default(), "halt"));
+            run.vms.push(row("another", SplitLocks::new(), "halt"));
         }
         for rows in [10, 25, 48, 80] {
             let mut sheet = Sheet::new(80, rows);
-            run.host = Some(Host { cpus: 4, mode: SldMode::Warn, detection: Detection::Absent });
+            run.host = Some(Host { cpus: 4, mode: Policy::Warn, detection: Detection::Absent });
             run.page(&mut Page::new(&mut sheet), FINISHED, AtEnd::Stay, true);
             // The title is above.
             let lines = sheet.text.lines().count() + 1;
@@ -605,8 +621,7 @@ mod tests {
     fn long_texts_are_cut() {
         let short: Short<4> = Short::of(format_args!("{}é", "abc"));
         assert_eq!(&*short.0, "abc");
-        let all = u64::MAX;
-        let locks = SplitLocks { inject: all, warn: all, step: all, kill: all, legacy: 0 };
-        assert_eq!(Verdicts(locks).text().0.len(), 64);
+        let all = AcOutcome::ALL.map(|outcome| (outcome, 100));
+        assert_eq!(Verdicts(locks(&all, false)).text().0.len(), 64);
     }
 }

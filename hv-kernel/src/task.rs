@@ -6,14 +6,15 @@ use alloc::sync::Arc;
 use core::mem;
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use sld::{MsrFault, MsrWrite, RealBit, Task, Verdict, Written};
+use sld::{MsrFault, MsrWrite, PerSecond, RealBit, Task, Written};
 use vmx::addr::{GuestPhysAddr, HostPhysAddr};
 use vmx::apic::Ipi;
 use vmx::checks::Finding;
 use vmx::exit::BasicReason;
 use vmx::instruction::now;
 use vmx::mailbox::Mailbox;
-use vmx::run::{AcReport, Alone, End, Host, Poll, PortWrite, Stop};
+use vmx::run::{Alone, End, Host, Poll, PortWrite, Stop};
+use vmx::split_lock::{AcOutcome, AcReport};
 use vmx::vcpu::Vcpu;
 
 use crate::counters::Counters;
@@ -99,11 +100,12 @@ impl VcpuTask {
         (vcpu, region): (Box<Vcpu>, HostPhysAddr),
         ticks: u64,
     ) -> Self {
+        let policy = vm.policy;
         let thread = Thread {
             vm,
             index,
             id,
-            sld: Task::new(u32::from(id) + 1),
+            sld: Task::of_vcpu(u32::from(id) + 1, policy),
             ring: Ring::new(),
             counters: Counters::new(),
             vruntime: 0,
@@ -333,12 +335,15 @@ impl Running<'_> {
         if WARNINGS_LEFT.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_err() {
             return;
         }
-        let detection = match report.verdict {
-            Verdict::Step { .. } => "stays on for the core's other threads: each one is stepped",
-            _ => "is off for this task from now on",
+        let done = match report.outcome {
+            AcOutcome::Step => "detection stays on, each one is stepped",
+            AcOutcome::Emulate => "detection stays on, each one is emulated",
+            AcOutcome::Throttle => "the VM has had as many as it may have, and waits",
+            AcOutcome::Again => "it is to be executed again",
+            _ => "detection is off for this task from now on",
         };
         log::warn!(
-            "VM {}, vCPU {}: split lock at RIP {:#x}, CPL {}, on CPU {}: detection {detection}",
+            "VM {}, vCPU {}: split lock at RIP {:#x}, CPL {}, on CPU {}: {done}",
             self.thread.vm.name,
             self.thread.index,
             report.rip,
@@ -445,17 +450,15 @@ impl Host for Running<'_> {
 
     fn map_hole(&mut self, gpa: GuestPhysAddr) -> Alone {
         let vm = self.thread.vm.clone();
-        let me = self.thread.index;
-        let first = !vm.gate.is_held_by(me);
+        let first = !vm.gate.is_held_by(self.thread.index);
         if first {
             if let Some(until) = vm.quiet_until(now()) {
                 self.thread.next = Next::Sleep(Some(until));
                 return Alone::Held;
             }
-            match vm.gate.close(me) {
-                None => return Alone::Held,
-                Some(0) => {}
-                Some(others) => self.wait_for_vm(others),
+            match self.stop_vm() {
+                Alone::Yes => {}
+                other => return other,
             }
         }
         if vm.map_hole(gpa) {
@@ -469,12 +472,36 @@ impl Host for Running<'_> {
     }
 
     fn unmap_holes(&mut self) {
+        self.thread.vm.unmap_holes();
+        self.thread.vm.keep_quiet(now());
+        self.release_vm();
+    }
+
+    fn stop_vm(&mut self) -> Alone {
+        match self.thread.vm.gate.close(self.thread.index) {
+            None => return Alone::Held,
+            Some(0) => {}
+            Some(others) => self.wait_for_vm(others),
+        }
+        Alone::Yes
+    }
+
+    fn release_vm(&mut self) {
         let vm = &self.thread.vm;
-        vm.unmap_holes();
-        let held = vm.open_gate(self.thread.index, now());
+        let held = vm.gate.open(self.thread.index);
         for (_, slot) in (0..).zip(&vm.vcpus).filter(|(index, _)| held & 1 << index != 0) {
             slot.mailbox.post_gate();
             self.cpu.deliver(vm, slot);
+        }
+    }
+
+    fn may_split(&mut self, limit: PerSecond) -> bool {
+        match self.thread.vm.may_split(now(), limit) {
+            Ok(()) => true,
+            Err(until) => {
+                self.thread.next = Next::Sleep(Some(until));
+                false
+            }
         }
     }
 
@@ -525,9 +552,9 @@ impl Host for Running<'_> {
 
     #[inline(always)]
     fn on_ac(&mut self, report: &AcReport) {
-        self.thread.counters.split_locks.count(report.verdict, report.context.legacy());
+        self.thread.counters.split_locks.count(report.outcome, report.context.legacy());
         self.thread.push(self.cpu.shared, Event::Ac(*report));
-        if let Verdict::Warn { first: true, .. } | Verdict::Step { first: true } = report.verdict {
+        if report.first {
             self.warn(report);
         }
     }

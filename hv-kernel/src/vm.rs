@@ -9,7 +9,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use arrayvec::ArrayVec;
 use raw_cpuid::CpuIdReaderNative;
-use sld::{PolicyError, VmPolicy};
+use sld::{PerSecond, PolicyError, RateLimiter, VmPolicy};
 use spin::{Mutex, Once};
 use vmx::addr::{GuestPhysAddr, HostPhysAddr};
 use vmx::bitmap::{IO_ALL_EXIT, MsrBitmap};
@@ -24,6 +24,7 @@ use vmx::setup::Pointers;
 use vmx::vcpu::{Origin, Vcpu, VcpuConfig};
 use vmx::world::register;
 
+use crate::clock;
 use crate::config::{Placement, PlacementError, VmConfig};
 use crate::console::Console;
 use crate::counters::Counters;
@@ -221,6 +222,8 @@ pub struct Vm {
     awake: AtomicU32,
     /// CPUs that may know translations of its memory.
     used_by: AtomicU64,
+    /// When its vCPUs have locked the bus, for policies that limit that.
+    limiter: Box<Mutex<RateLimiter>>,
     /// Until then (TSC) nobody closes the gate again.
     quiet_until: AtomicU64,
     /// What its retired vCPUs have counted.
@@ -265,12 +268,17 @@ impl Vm {
         Some(self.quiet_until.load(Ordering::Relaxed)).filter(|until| *until > now)
     }
 
-    /// The holder opens the gate. Those who were held are named, and have some time to themselves.
-    pub fn open_gate(&self, holder: u32, now: u64) -> u16 {
+    /// The gate has been closed for memory that is not there: the others have some time to
+    /// themselves.
+    pub fn keep_quiet(&self, now: u64) {
         if self.vcpus.len() > 1 {
             self.quiet_until.store(now.saturating_add(QUIET_TICKS), Ordering::Relaxed);
         }
-        self.gate.open(holder)
+    }
+
+    /// Whether a vCPU may lock the bus now; if not, not before the time returned.
+    pub fn may_split(&self, now: u64, limit: PerSecond) -> Result<(), u64> {
+        self.limiter.lock().allow(now, limit)
     }
 
     /// `cpu` is going to run one of the vCPUs.
@@ -463,6 +471,7 @@ impl Factory<'_> {
             left: AtomicU32::new(count),
             awake: AtomicU32::new(count),
             used_by: AtomicU64::new(0),
+            limiter: Box::new(Mutex::new(RateLimiter::new(clock::ticks_per_second()))),
             quiet_until: AtomicU64::new(0),
             counters: Mutex::new(Counters::new()),
             space: Mutex::new(space),

@@ -15,7 +15,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::bare::root;
-use crate::config::{HvConfig, Setup, SldMode, Source, Vm};
+use crate::config::{HvConfig, Policy, Setup, Source, Vm};
 use crate::console::Step;
 use crate::events::{Body, Event, parse_lines};
 use crate::guests;
@@ -262,7 +262,7 @@ fn switches_of(system: &System, vm: &Vm, vcpus: u64) -> Result<Run> {
 /// A configuration of these VMs with one image.
 fn setup(slice_ticks: Option<u64>, vms: Vec<Vm>) -> Result<Setup> {
     let images = vec![(vms[0].image.clone(), Source::Registered(GUEST))];
-    let config = HvConfig { slice_ticks, ..HvConfig::new(SldMode::Warn, vms) }.to_text()?;
+    let config = HvConfig { slice_ticks, ..HvConfig::new(Policy::Warn, vms) }.to_text()?;
     Ok(Setup { config, images })
 }
 

@@ -4,22 +4,10 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::ValueEnum;
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, Serializer};
+pub use sld::Policy;
 
 use crate::guests::{self, GUESTS};
-
-/// What the host does about split locks.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
-#[serde(rename_all = "lowercase")]
-pub enum SldMode {
-    /// Detection is off.
-    Off,
-    /// A guest that splits a lock is warned once, then left alone.
-    Warn,
-    /// A guest that splits a lock is stopped.
-    Fatal,
-}
 
 /// What the machine does when all is over.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -36,8 +24,9 @@ pub enum AtEnd {
 /// The file.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct HvConfig {
-    /// The host's mode.
-    pub sld: SldMode,
+    /// The policy of VMs that say nothing.
+    #[serde(serialize_with = "as_text")]
+    pub sld: Policy,
     /// What the machine does at the end; it stays on without it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub at_end: Option<AtEnd>,
@@ -81,9 +70,9 @@ pub struct Vm {
     pub cpus: Option<Vec<u32>>,
     /// Whether it is shown split-lock detection.
     pub expose_sld: bool,
-    /// A stricter mode than the host's.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub policy: Option<SldMode>,
+    /// Another policy than the host's.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "as_text_if_any")]
+    pub policy: Option<Policy>,
     /// After how many ticks of the time-stamp counter it is ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit_ticks: Option<u64>,
@@ -98,6 +87,20 @@ const MAX_NAME: usize = 31;
 /// What the hypervisor takes where the file says nothing.
 const DEFAULT_VCPUS: u32 = 1;
 const DEFAULT_WEIGHT: u32 = 100;
+
+fn as_text<S: Serializer>(policy: &Policy, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(policy)
+}
+
+fn as_text_if_any<S: Serializer>(
+    policy: &Option<Policy>,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    match policy {
+        Some(policy) => serializer.collect_str(policy),
+        None => serializer.serialize_none(),
+    }
+}
 
 fn is_default<T: Default + PartialEq>(value: &T) -> bool {
     *value == T::default()
@@ -166,7 +169,7 @@ impl Default for Vm {
 impl HvConfig {
     /// These VMs on a machine that switches itself off at the end, as emulators should; everything else as the
     /// hypervisor has it by default.
-    pub fn new(sld: SldMode, vms: Vec<Vm>) -> Self {
+    pub fn new(sld: Policy, vms: Vec<Vm>) -> Self {
         Self {
             sld,
             at_end: Some(AtEnd::PowerOff),
@@ -255,6 +258,8 @@ const HOST_KEYS: &[Key] = &[
         meaning: &[
             "What happens about a split lock that is not the guest's own affair:",
             "off: nothing. warn: the first one of a vCPU is reported, then it may.",
+            "step: each is let pass and counted. emulate: each is carried out without the",
+            "bus lock. ratelimit=N: so many a second for each VM, then it waits.",
             "fatal: the VM is stopped, the others go on.",
         ],
     },
@@ -303,7 +308,7 @@ const VM_KEYS: &[Key] = &[
     Key {
         name: "policy",
         example: "\"fatal\"",
-        meaning: &["Stricter than sld, for this VM: stop it at its first split lock."],
+        meaning: &["Another one than sld, for this VM; with sld fatal only emulate."],
     },
     Key {
         name: "weight",
@@ -345,7 +350,7 @@ impl Setup {
     ///
     /// # Errors
     /// If a guest is neither, or its file cannot be read.
-    pub fn of_guests(sld: SldMode, names: &[String], expose_sld: bool) -> Result<Self> {
+    pub fn of_guests(sld: Policy, names: &[String], expose_sld: bool) -> Result<Self> {
         let (config, images) = Self::configure(sld, names, expose_sld)?;
         Ok(Self { config: config.to_text()?, images })
     }
@@ -355,7 +360,7 @@ impl Setup {
     ///
     /// # Errors
     /// As there.
-    pub fn of_guests_for_people(sld: SldMode, names: &[String], expose_sld: bool) -> Result<Self> {
+    pub fn of_guests_for_people(sld: Policy, names: &[String], expose_sld: bool) -> Result<Self> {
         let (config, images) = Self::configure(sld, names, expose_sld)?;
         let config = HvConfig { at_end: None, ..config };
         Ok(Self { config: config.to_explained_text()?, images })
@@ -363,7 +368,7 @@ impl Setup {
 
     /// Configuration and images for these guests.
     fn configure(
-        sld: SldMode,
+        sld: Policy,
         names: &[String],
         expose_sld: bool,
     ) -> Result<(HvConfig, Vec<(String, Source)>)> {
@@ -495,7 +500,7 @@ mod tests {
 
     #[test]
     fn a_registered_guest_brings_its_own_settings() {
-        let setup = Setup::of_guests(SldMode::Fatal, &names(&["sld-aware"]), false).unwrap();
+        let setup = Setup::of_guests(Policy::Fatal, &names(&["sld-aware"]), false).unwrap();
         let expected = "\
 sld = \"fatal\"
 at_end = \"power-off\"
@@ -521,7 +526,7 @@ cmdline = \"\"
             vcpus: 4,
             weight: 200,
             cpus: Some(vec![0, 2]),
-            policy: Some(SldMode::Fatal),
+            policy: Some(Policy::Fatal),
             limit_ticks: Some(7),
             ..Vm::default()
         };
@@ -531,7 +536,7 @@ cmdline = \"\"
             verify: true,
             migrate_exits: Some(300),
             stop_after_loads: Some(10_000),
-            ..HvConfig::new(SldMode::Warn, vec![vm])
+            ..HvConfig::new(Policy::Warn, vec![vm])
         };
         let expected = "\
 sld = \"warn\"
@@ -560,8 +565,8 @@ cmdline = \"\"
     #[test]
     fn a_file_for_people_says_the_same_and_explains_every_key() {
         let guests = names(&["sld-aware", "smp"]);
-        let plain = Setup::of_guests(SldMode::Warn, &guests, false).unwrap();
-        let explained = Setup::of_guests_for_people(SldMode::Warn, &guests, false).unwrap();
+        let plain = Setup::of_guests(Policy::Warn, &guests, false).unwrap();
+        let explained = Setup::of_guests_for_people(Policy::Warn, &guests, false).unwrap();
         assert_eq!(explained.images, plain.images);
         let mut meant: toml::Table = plain.config.parse().unwrap();
         meant.remove("at_end");
@@ -592,7 +597,7 @@ cmdline = \"\"
 
     #[test]
     fn without_guests_the_demonstration_runs() {
-        let setup = Setup::of_guests(SldMode::Warn, &[], false).unwrap();
+        let setup = Setup::of_guests(Policy::Warn, &[], false).unwrap();
         let demo = GUESTS.iter().filter(|guest| guest.demo).count();
         assert_eq!(setup.images.len(), demo);
         assert!(demo > 0);
@@ -601,7 +606,7 @@ cmdline = \"\"
     #[test]
     fn the_same_guest_twice_is_two_vms_with_one_image() {
         let twice = names(&["controls", "controls", "controls"]);
-        let setup = Setup::of_guests(SldMode::Warn, &twice, false).unwrap();
+        let setup = Setup::of_guests(Policy::Warn, &twice, false).unwrap();
         assert_eq!(images(&setup), ["guests/controls"]);
         for name in ["controls", "controls-2", "controls-3"] {
             assert!(setup.config.contains(&format!("name = \"{name}\"\n")), "{}", setup.config);
@@ -617,11 +622,11 @@ cmdline = \"\"
         }
         let paths = ["a", "b"].map(|below| directory.join(below).join("my guest (new).elf"));
         let given: Vec<String> = paths.iter().map(|path| path.display().to_string()).collect();
-        let setup = Setup::of_guests(SldMode::Warn, &given, true);
+        let setup = Setup::of_guests(Policy::Warn, &given, true);
         let empty = directory.join("empty");
         fs::write(&empty, "").unwrap();
-        let refused = Setup::of_guests(SldMode::Warn, &[empty.display().to_string()], false);
-        let folder = Setup::of_guests(SldMode::Warn, &[directory.display().to_string()], false);
+        let refused = Setup::of_guests(Policy::Warn, &[empty.display().to_string()], false);
+        let folder = Setup::of_guests(Policy::Warn, &[directory.display().to_string()], false);
 
         let toml = directory.join("own.toml");
         fs::write(&toml, "[[vm]]\nimage = \"empty\"\n[[vm]]\nimage = \"guests/controls\"\n")
@@ -648,7 +653,7 @@ cmdline = \"\"
 
     #[test]
     fn an_unknown_guest_is_answered_with_the_names() {
-        let error = Setup::of_guests(SldMode::Warn, &names(&["nobody"]), false).unwrap_err();
+        let error = Setup::of_guests(Policy::Warn, &names(&["nobody"]), false).unwrap_err();
         assert!(error.to_string().contains("\"nobody\""), "{error}");
         assert!(error.to_string().contains("split-add-cpl0"), "{error}");
     }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 
-use crate::config::{Setup, SldMode};
+use crate::config::{Policy, Setup};
 use crate::events::Body;
 use crate::firmware::Firmware;
 use crate::machine::{self, Emulator, MachineConfig};
@@ -20,8 +20,8 @@ use crate::topology::Topology;
 #[derive(Args, Debug)]
 pub struct SetupArgs {
     /// What the host does about split locks.
-    #[arg(long, value_enum, default_value = "warn", value_name = "MODE")]
-    pub sld: SldMode,
+    #[arg(long, default_value = "warn", value_name = "POLICY")]
+    pub sld: Policy,
     /// A guest to run: the name of a test guest or an image file. May be given several times. Without it, a few test guests show what there is.
     #[arg(long, value_name = "NAME-or-PATH")]
     pub guest: Vec<String>,

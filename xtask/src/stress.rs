@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use serde::Serialize;
 
-use crate::config::{HvConfig, Setup, SldMode, Source, Vm};
+use crate::config::{HvConfig, Policy, Setup, Source, Vm};
 use crate::console::Step;
 use crate::guests;
 use crate::machine::{self, MachineConfig, RunOutcome};
@@ -40,8 +40,8 @@ pub struct StressArgs {
     #[arg(long, default_value_t = 10_000, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     loads: u64,
     /// What the host does about split locks.
-    #[arg(long, value_enum, default_value = "warn", value_name = "MODE")]
-    sld: SldMode,
+    #[arg(long, default_value = "warn", value_name = "POLICY")]
+    sld: Policy,
     /// Decides what the VMs do, and how many vCPUs each has.
     #[arg(long, default_value_t = 1, value_name = "S")]
     seed: u64,
@@ -115,7 +115,7 @@ pub struct Plan {
     /// After how many vCPU loads it ends.
     pub loads: u64,
     /// The host's mode.
-    pub sld: SldMode,
+    pub sld: Policy,
     /// Decides roles and vCPUs.
     pub seed: u64,
 }
@@ -178,7 +178,7 @@ impl Random {
 impl Default for Plan {
     /// What `cargo xtask stress` runs unless told otherwise.
     fn default() -> Self {
-        Self { cpus: 4.into(), vms: 3, loads: 10_000, sld: SldMode::Warn, seed: 1 }
+        Self { cpus: 4.into(), vms: 3, loads: 10_000, sld: Policy::Warn, seed: 1 }
     }
 }
 
@@ -191,7 +191,7 @@ impl Plan {
             0 => [Role::Aware, Role::Unaware, Role::Calm, Role::Legacy],
             _ => [Role::Aware, Role::Unaware, Role::Legacy, Role::Calm],
         };
-        if self.sld == SldMode::Off {
+        if self.sld == Policy::Off {
             roles[0] = Role::Unaware;
         }
         (1..=self.vms)
@@ -207,16 +207,16 @@ impl Plan {
 
     /// Whether a split lock ends a VM of this role.
     fn kills(&self, role: Role) -> bool {
-        self.sld == SldMode::Fatal && role == Role::Unaware
+        self.sld == Policy::Fatal && role == Role::Unaware
     }
 
     fn config(&self) -> Result<HvConfig> {
         let guest = guests::find(GUEST).context("the guest is not registered")?;
         let vm = |Member { name, role, vcpus, seed }: Member| {
             let restraint = match self.sld {
-                SldMode::Fatal if self.kills(role) => format!(" calm={CALM_ROUNDS}"),
-                SldMode::Fatal => " held".to_owned(),
-                SldMode::Off | SldMode::Warn => String::new(),
+                Policy::Fatal if self.kills(role) => format!(" calm={CALM_ROUNDS}"),
+                Policy::Fatal => " held".to_owned(),
+                _ => String::new(),
             };
             Vm {
                 name,
@@ -314,7 +314,7 @@ mod tests {
             assert!(members.iter().all(|member| (2..=4).contains(&member.vcpus)));
             let roles: BTreeSet<Role> = members.iter().map(|member| member.role).collect();
             assert_eq!(roles.len(), 4);
-            let off = Plan { sld: SldMode::Off, ..plan }.members();
+            let off = Plan { sld: Policy::Off, ..plan }.members();
             assert!(off.iter().all(|member| member.role != Role::Aware));
         }
         let third: BTreeSet<Role> = plans().map(|plan| plan.members()[2].role).collect();
@@ -338,7 +338,7 @@ mod tests {
             assert!(text.lines().any(|found| found.starts_with(line)), "{text}");
         }
         assert!(!text.contains("limit_ticks") && !text.contains("held"), "{text}");
-        let fatal = Plan { sld: SldMode::Fatal, ..Plan::default() }.config().unwrap();
+        let fatal = Plan { sld: Policy::Fatal, ..Plan::default() }.config().unwrap();
         for vm in &fatal.vms {
             let restraint = if vm.cmdline.contains("unaware") { " calm=50" } else { " held" };
             assert!(vm.cmdline.ends_with(restraint), "{vm:?}");

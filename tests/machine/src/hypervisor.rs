@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
 use anyhow::{Error, Result, anyhow};
-use xtask::config::{Setup, SldMode};
+use xtask::config::{Policy, Setup};
 use xtask::events::{self, Ac, Body, Counters, Outcome, Totals};
 use xtask::guests::{End, Expected, Guest, Situation};
 use xtask::machine::{MachineConfig, RunOutcome};
@@ -43,17 +43,17 @@ pub fn boot(setup: &Setup, config: MachineConfig) -> Result<RunOutcome> {
 ///
 /// # Errors
 /// If it cannot be booted.
-pub fn boot_guests(sld: SldMode, guests: &[&Guest], config: MachineConfig) -> Result<RunOutcome> {
+pub fn boot_guests(sld: Policy, guests: &[&Guest], config: MachineConfig) -> Result<RunOutcome> {
     let names: Vec<String> = guests.iter().map(|guest| guest.name.to_owned()).collect();
     boot(&Setup::of_guests(sld, &names, false)?, config)
 }
 
 /// The mode and the default machine that make a situation.
-pub fn make(situation: Situation) -> (SldMode, MachineConfig) {
+pub fn make(situation: Situation) -> (Policy, MachineConfig) {
     let mode = match situation {
-        Situation::Off => SldMode::Off,
-        Situation::NoFeature | Situation::Warn => SldMode::Warn,
-        Situation::Fatal => SldMode::Fatal,
+        Situation::Off => Policy::Off,
+        Situation::NoFeature | Situation::Warn => Policy::Warn,
+        Situation::Fatal => Policy::Fatal,
     };
     let sld = situation != Situation::NoFeature;
     (mode, MachineConfig { sld, ..MachineConfig::default() })

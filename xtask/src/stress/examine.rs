@@ -6,7 +6,7 @@ use std::fmt::{self, Display, Write};
 use serde::{Serialize, Serializer};
 
 use super::{LEAST_PERCENT, LIMIT, LOADS_PER_MIGRATION, Member, Plan, Role};
-use crate::config::SldMode;
+use crate::config::Policy;
 use crate::events::{self, Ac, Address, Body, Counters, Event, Outcome, Totals};
 use crate::machine::RunOutcome;
 use crate::report::{align, judge};
@@ -19,8 +19,9 @@ pub struct Report {
     /// The machine's CPUs.
     #[serde(serialize_with = "as_text")]
     pub cpus: Topology,
-    /// The host's mode.
-    pub sld: SldMode,
+    /// The host's policy.
+    #[serde(serialize_with = "as_text")]
+    pub sld: Policy,
     /// The seed.
     pub seed: u64,
     /// The VMs.
@@ -259,11 +260,24 @@ pub(super) fn examine(
         .iter()
         .filter(|truth| truth.vmx && truth.outcome == Outcome::Taken)
         .filter(|truth| match plan.sld {
-            SldMode::Off | SldMode::Warn => detected(truth.rip),
-            SldMode::Fatal => true,
+            Policy::Off | Policy::Warn => detected(truth.rip),
+            // As many as were stepped: see below.
+            Policy::Step | Policy::RateLimit(_) => false,
+            Policy::Emulate | Policy::Fatal => true,
         })
         .map(|truth| format!("CPU {}: a split lock at {} was not stopped", truth.cpu, truth.rip))
         .collect();
+    if matches!(plan.sld, Policy::Step | Policy::RateLimit(_)) {
+        let taken =
+            outcome.truth.iter().filter(|truth| truth.vmx && truth.outcome == Outcome::Taken);
+        let stepped = outcome.events.iter().filter(
+            |event| matches!(&event.body, Body::Ac(Ac { verdict, .. }) if verdict == "step"),
+        );
+        let (taken, stepped) = (taken.count(), stepped.count());
+        wrong.unless(taken == stepped, || {
+            format!("guests have locked the bus {taken} times, {stepped} steps were reported")
+        });
+    }
     for list in [&outside, &missed, &invented, &escaped] {
         wrong.extend(list);
     }
@@ -406,12 +420,21 @@ fn check_vm(plan: &Plan, member: &Member, seen: &Seen<'_>, wrong: &mut Wrong) {
 /// A VM must get the verdicts that its role brings about, and some of them.
 fn check_role(plan: &Plan, Member { name, role, .. }: &Member, seen: &Seen<'_>, wrong: &mut Wrong) {
     let due: &[&str] = match (role, plan.sld) {
-        (Role::Calm, _) | (Role::Unaware, SldMode::Off) => &[],
+        (Role::Calm, _) | (Role::Unaware, Policy::Off) => &[],
         // Threads of a core cannot switch detection off for one of them alone: hence "step".
-        (Role::Unaware, SldMode::Warn) => &["warn", "step"],
-        (Role::Unaware, SldMode::Fatal) => &["kill"],
-        (Role::Aware, SldMode::Warn) => &["inject", "step"],
-        (Role::Legacy, SldMode::Warn) => &["inject", "warn", "step"],
+        (Role::Unaware, Policy::Warn) => &["warn", "step", "again"],
+        (Role::Unaware, Policy::Fatal) => &["kill"],
+        (Role::Aware, Policy::Step) => &["inject", "step", "again"],
+        (Role::Aware, Policy::RateLimit(_)) => &["inject", "step", "again", "throttle"],
+        (Role::Aware, Policy::Emulate) => &["inject", "emulate", "again"],
+        (Role::Legacy, Policy::Step) => &["inject", "step", "again"],
+        (Role::Legacy, Policy::RateLimit(_)) => &["inject", "step", "again", "throttle"],
+        (Role::Legacy, Policy::Emulate) => &["inject", "emulate", "again"],
+        (Role::Unaware, Policy::Step) => &["step", "again"],
+        (Role::Unaware, Policy::RateLimit(_)) => &["step", "again", "throttle"],
+        (Role::Unaware, Policy::Emulate) => &["emulate", "again"],
+        (Role::Aware, Policy::Warn) => &["inject", "step", "again"],
+        (Role::Legacy, Policy::Warn) => &["inject", "warn", "step", "again"],
         (Role::Aware | Role::Legacy, _) => &["inject"],
     };
     let found = || seen.vcpus.values().flat_map(|vcpu| vcpu.verdicts.keys());
@@ -505,7 +528,7 @@ mod tests {
         cpus: Topology { packages: 2, cores: 1, threads: 1 },
         vms: 4,
         loads: 100,
-        sld: SldMode::Warn,
+        sld: Policy::Warn,
         seed: 3,
     };
     /// Where the guest's split locks are, those that must be detected and the others.
@@ -703,7 +726,7 @@ mod tests {
 
     #[test]
     fn in_mode_fatal_unaware_vms_are_killed() {
-        let fatal = Plan { sld: SldMode::Fatal, ..PLAN };
+        let fatal = Plan { sld: Policy::Fatal, ..PLAN };
         let mut run = Run::of(&fatal);
         let report = run.examine(&fatal);
         assert!(report.wrong.is_empty(), "{report}");

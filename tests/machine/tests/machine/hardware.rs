@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use machine_tests::hypervisor::{boot_guests, check_guest, check_orderly};
 use machine_tests::{check, check_eq, trial};
-use xtask::config::{HvConfig, SldMode, Vm};
+use xtask::config::{HvConfig, Policy, Vm};
 use xtask::events::{Body, Event, Totals};
 use xtask::guests::{self, Guest, Situation};
 use xtask::machine::{Exit, MachineConfig, Mishap, MsrWrite, RunOutcome};
@@ -40,7 +40,7 @@ const fn write(number: u32, value: u64) -> MsrWrite {
 
 /// Runs a guest that splits a lock and one that does not.
 fn two(config: MachineConfig) -> Result<RunOutcome> {
-    boot_guests(SldMode::Warn, &[guest("split-add-cpl0")?, guest("controls")?], config)
+    boot_guests(Policy::Warn, &[guest("split-add-cpl0")?, guest("controls")?], config)
 }
 
 /// Both guests come to their usual end.
@@ -97,7 +97,7 @@ fn locked_on() -> Result<()> {
 
 fn hidden() -> Result<()> {
     let config = MachineConfig { sld: false, ..MachineConfig::default() };
-    let outcome = boot_guests(SldMode::Warn, &[guest("controls")?], config)?;
+    let outcome = boot_guests(Policy::Warn, &[guest("controls")?], config)?;
     check_orderly(&outcome)?;
     says(&outcome, "CPUID announces IA32_CORE_CAPABILITIES but reading it faults")
 }
@@ -135,7 +135,7 @@ fn large_memory() -> Result<()> {
         Vm { name: "huge".to_owned(), memory_mib: 8192, ..of("controls")? },
     ];
     let config = MachineConfig { memory_mib: 6144, ..MachineConfig::default() };
-    let outcome = vms::run(&HvConfig::new(SldMode::Warn, vms), config)?;
+    let outcome = vms::run(&HvConfig::new(Policy::Warn, vms), config)?;
     both_end(&outcome)?;
     let why = outcome.events.iter().find_map(|event| match &event.body {
         Body::VmRefused { vm, why } if vm == "huge" => Some(why.as_str()),

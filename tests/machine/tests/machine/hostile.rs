@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, anyhow, ensure};
 use libtest_mimic::Trial;
 use machine_tests::trial;
-use xtask::config::{HvConfig, SldMode, Vm};
+use xtask::config::{HvConfig, Policy, Vm};
 use xtask::events::{Body, Counters};
 use xtask::guests::{self, End, SUCCESS};
 use xtask::machine::{MachineConfig, RunOutcome};
@@ -46,7 +46,7 @@ fn vm(name: &str, vcpus: u32, cpus: Option<u32>, cmdline: String) -> Vm {
 }
 
 fn run(vms: Vec<Vm>, cpus: u32, slice_ticks: u64) -> Result<RunOutcome> {
-    let config = HvConfig { slice_ticks: Some(slice_ticks), ..HvConfig::new(SldMode::Warn, vms) };
+    let config = HvConfig { slice_ticks: Some(slice_ticks), ..HvConfig::new(Policy::Warn, vms) };
     vms::run(&config, MachineConfig { cpus: cpus.into(), ..MachineConfig::default() })
 }
 

@@ -21,7 +21,7 @@ pub fn trials() -> Vec<Trial> {
         trial("input::too_little_memory_is_told_so", little_memory),
     ];
     for (name, config, says) in [
-        ("unknown_mode", "sld = \"loud\"\n", "use off, warn or fatal"),
+        ("unknown_mode", "sld = \"loud\"\n", "use off, warn, step, emulate, ratelimit=N"),
         ("unknown_key", "sld = \"warn\"\ncolour = 1\n", "colour"),
         ("no_vm", "sld = \"warn\"\n", "nothing to run"),
         ("no_toml", "sld = ", "line 1"),
@@ -83,9 +83,9 @@ fn vms() -> Result<()> {
         ("half", "guests/half", 8, "", "damaged ELF image"),
         ("nowhere", "guests/nowhere", 8, "", "no file `guests/nowhere`"),
         ("huge", "guests/controls", 4096, "", "too little memory"),
-        ("laxer", "guests/controls", 8, "policy = \"off\"\n", "weaker than the host's mode"),
+        ("laxer", "guests/controls", 8, "policy = \"warn\"\n", "use emulate or fatal"),
     ];
-    let mut config = "sld = \"warn\"\n".to_owned();
+    let mut config = "sld = \"fatal\"\n".to_owned();
     for (name, image, memory, more, _) in cases {
         config += &vm(name, image, memory, more);
     }

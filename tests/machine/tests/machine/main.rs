@@ -13,6 +13,7 @@ mod inputs;
 mod links;
 mod machines;
 mod operations;
+mod policies;
 mod refusals;
 mod sharing;
 mod shim;
@@ -37,6 +38,7 @@ fn main() -> ExitCode {
         hostile::trials(),
         vcpu::trials(),
         smp::trials(),
+        policies::trials(),
         bench::trials(),
     ];
     let trials = parts.into_iter().flatten().collect();

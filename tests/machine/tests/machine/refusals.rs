@@ -4,7 +4,7 @@ use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use machine_tests::hypervisor::boot_guests;
 use machine_tests::{check, check_eq, trial};
-use xtask::config::SldMode;
+use xtask::config::Policy;
 use xtask::events::Body;
 use xtask::guests::{self, Guest};
 use xtask::machine::{Accelerator, Emulator, Exit, MachineConfig};
@@ -22,7 +22,7 @@ fn controls() -> Result<&'static Guest> {
 
 /// Runs on a machine where the hypervisor cannot run; why it says that it cannot.
 fn refused(config: MachineConfig) -> Result<String> {
-    let outcome = boot_guests(SldMode::Warn, &[controls()?], config)?;
+    let outcome = boot_guests(Policy::Warn, &[controls()?], config)?;
     check_eq(&outcome, "end", &outcome.exit, &Exit::PoweredOff)?;
     let why = outcome.events.iter().find_map(|event| match &event.body {
         Body::Refused { why } => Some(why.clone()),

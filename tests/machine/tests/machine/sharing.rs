@@ -7,7 +7,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, anyhow, ensure};
 use libtest_mimic::Trial;
 use machine_tests::trial;
-use xtask::config::{HvConfig, SldMode, Vm};
+use xtask::config::{HvConfig, Policy, Vm};
 use xtask::events::{Ac, Body, Counters, Event, Outcome};
 use xtask::guests::{self, SUCCESS};
 use xtask::machine::{MachineConfig, RunOutcome};
@@ -19,12 +19,12 @@ pub fn trials() -> Vec<Trial> {
     use Role::{Declines, Strict, Toggles, Unaware, Wants};
     let pairs = [[Wants, Declines], [Wants, Unaware], [Declines, Unaware]];
     let all = [Wants, Declines, Unaware, Toggles, Strict];
-    let mut machines: Vec<(SldMode, u32, Vec<Role>)> = Vec::new();
-    for mode in [SldMode::Warn, SldMode::Fatal] {
+    let mut machines: Vec<(Policy, u32, Vec<Role>)> = Vec::new();
+    for mode in [Policy::Warn, Policy::Fatal] {
         machines.extend(pairs.map(|pair| (mode, 1, pair.to_vec())));
         machines.extend([1, 2, 4].map(|cpus| (mode, cpus, all.to_vec())));
     }
-    let name = |mode: SldMode, cpus: u32, roles: &[Role]| {
+    let name = |mode: Policy, cpus: u32, roles: &[Role]| {
         let names: Vec<&str> = roles.iter().map(|role| role.name()).collect();
         let cpus = if cpus > 1 { format!("_on_{cpus}") } else { String::new() };
         format!("sharing::{mode:?}_{}{cpus}", names.join("_")).to_lowercase()
@@ -93,8 +93,8 @@ impl Role {
         }
     }
 
-    fn vm(self, mode: SldMode) -> Vm {
-        let killed = mode == SldMode::Fatal || self == Self::Strict;
+    fn vm(self, mode: Policy) -> Vm {
+        let killed = mode == Policy::Fatal || self == Self::Strict;
         let calm = if killed { CALM } else { 0 };
         let cmdline = match self {
             Self::Wants => format!("wants count={COUNT}"),
@@ -107,14 +107,14 @@ impl Role {
             name: self.name().to_owned(),
             memory_mib: 4,
             expose_sld: self != Self::Unaware,
-            policy: (self == Self::Strict).then_some(SldMode::Fatal),
+            policy: (self == Self::Strict).then_some(Policy::Fatal),
             cmdline,
             ..Vm::of_guest(guest())
         }
     }
 
-    fn expected(self, mode: SldMode) -> Expected {
-        let warn = mode == SldMode::Warn;
+    fn expected(self, mode: Policy) -> Expected {
+        let warn = mode == Policy::Warn;
         let killed = Expected {
             succeeds: false,
             verdict: "kill",
@@ -148,7 +148,7 @@ fn guest() -> &'static guests::Guest {
     guests::find("sld-shared").expect("it is registered")
 }
 
-fn share(mode: SldMode, cpus: u32, roles: &[Role]) -> Result<()> {
+fn share(mode: Policy, cpus: u32, roles: &[Role]) -> Result<()> {
     let config = HvConfig {
         slice_ticks: Some(SLICE_TICKS),
         migrate_exits: (cpus > 1).then_some(MIGRATE_EXITS),
@@ -162,10 +162,10 @@ fn share(mode: SldMode, cpus: u32, roles: &[Role]) -> Result<()> {
         .map_err(|why| on(&format!("{mode:?} {cpus} {roles:?}"), &outcome, why))
 }
 
-fn judge(mode: SldMode, cpus: u32, roles: &[Role], outcome: &RunOutcome) -> Result<()> {
+fn judge(mode: Policy, cpus: u32, roles: &[Role], outcome: &RunOutcome) -> Result<()> {
     let summary = operations::replay(&outcome.events).map_err(|why| anyhow!(why))?;
     operations_are_checked(&outcome.events, if cpus > 1 { 10 } else { 50 })?;
-    if mode == SldMode::Fatal {
+    if mode == Policy::Fatal {
         let reasons: Vec<&str> = summary.writes.keys().map(String::as_str).collect();
         ensure!(reasons == ["boot", "offline"], "writes under fatal: {:?}", summary.writes);
     }

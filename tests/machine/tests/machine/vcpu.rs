@@ -7,7 +7,7 @@ use anyhow::{Context, Result, bail, ensure};
 use libtest_mimic::Trial;
 use machine_tests::hypervisor::{boot, boot_guests, check_guest, check_orderly, make};
 use machine_tests::{check_eq, trial};
-use xtask::config::{HvConfig, Setup, SldMode, Vm};
+use xtask::config::{HvConfig, Policy, Setup, Vm};
 use xtask::events::Body;
 use xtask::guests::{self, Guest, SUCCESS, Situation};
 use xtask::machine::{MachineConfig, RunOutcome};
@@ -130,7 +130,7 @@ fn local_apics() -> Result<()> {
 }
 
 fn in_short_turns(vms: Vec<Vm>) -> HvConfig {
-    HvConfig { slice_ticks: Some(SLICE_TICKS), ..HvConfig::new(SldMode::Warn, vms) }
+    HvConfig { slice_ticks: Some(SLICE_TICKS), ..HvConfig::new(Policy::Warn, vms) }
 }
 
 fn find(name: &str) -> Result<&'static Guest> {

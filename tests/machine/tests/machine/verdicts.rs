@@ -19,7 +19,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use libtest_mimic::Trial;
 use machine_tests::{check_eq, trial};
 use xtask::bare::root;
-use xtask::config::{HvConfig, SldMode, Vm};
+use xtask::config::{HvConfig, Policy, Vm};
 use xtask::events::{Body, Outcome};
 use xtask::guests::{self, SUCCESS};
 use xtask::machine::{MachineConfig, Quirk, RunOutcome};
@@ -53,8 +53,8 @@ impl Row {
 /// Verdicts, as events name them.
 type Table = BTreeMap<Row, String>;
 
-const MODES: [(SldMode, &str); 3] =
-    [(SldMode::Off, "off"), (SldMode::Warn, "warn"), (SldMode::Fatal, "fatal")];
+const MODES: [(Policy, &str); 3] =
+    [(Policy::Off, "off"), (Policy::Warn, "warn"), (Policy::Fatal, "fatal")];
 
 fn table() -> Result<Table> {
     let file = root().join("sld/tests/verdicts.csv");
@@ -118,7 +118,7 @@ struct Splitter {
     expose: bool,
     /// The guest turns detection on.
     bit: bool,
-    policy: Option<SldMode>,
+    policy: Option<Policy>,
     /// `None`: all of them.
     attempt: Option<Attempt>,
 }
@@ -133,7 +133,7 @@ struct Case {
     quirk: Option<Quirk>,
     /// Threads of its only core. All but the first are idle.
     threads: u32,
-    mode: SldMode,
+    mode: Policy,
     vms: Vec<Splitter>,
 }
 
@@ -153,25 +153,25 @@ fn cases() -> Vec<Case> {
 
     // A VM for each attempt where the first split lock ends it, or is the last that is seen.
     let fatal: Vec<Splitter> = each(false).chain(each(true)).chain([all(true, true)]).collect();
-    let policy = Some(SldMode::Fatal);
+    let policy = Some(Policy::Fatal);
     let fatal_by_policy = fatal.iter().map(|vm| Splitter { policy, ..*vm }).collect();
     let warn = each(false).chain([all(true, false), all(true, true)]).collect();
     let mut cases = vec![
-        case("off", SldMode::Off, vec![all(false, false), all(true, false)]),
-        case("warn", SldMode::Warn, warn),
-        case("fatal", SldMode::Fatal, fatal),
-        case("warn, VMs fatal", SldMode::Warn, fatal_by_policy),
+        case("off", Policy::Off, vec![all(false, false), all(true, false)]),
+        case("warn", Policy::Warn, warn),
+        case("fatal", Policy::Fatal, fatal),
+        case("warn, VMs fatal", Policy::Warn, fatal_by_policy),
         Case {
             // On the list although it enumerates nothing. Without CET: VM entry insists there that an
             // exception comes with an error code in protected mode, and in real mode without.
             model: Some("corei7_icelake_u"),
-            ..case("warn, Ice Lake", SldMode::Warn, vec![all(true, true)])
+            ..case("warn, Ice Lake", Policy::Warn, vec![all(true, true)])
         },
         // Few events each: a turn that ends to write them may make an instruction be stepped twice.
-        Case { threads: 2, ..case("warn, two threads", SldMode::Warn, each(true).collect()) },
+        Case { threads: 2, ..case("warn, two threads", Policy::Warn, each(true).collect()) },
         Case {
             quirk: Some(Quirk::StuckOn),
-            ..case("off, bit stuck on", SldMode::Off, each(false).collect())
+            ..case("off, bit stuck on", Policy::Off, each(false).collect())
         },
     ];
     for (mode, _) in MODES {
@@ -204,7 +204,7 @@ impl Case {
     }
 
     fn exposed(&self, vm: &Splitter) -> bool {
-        vm.expose && self.host_sld() && self.mode != SldMode::Off
+        vm.expose && self.host_sld() && self.mode != Policy::Off
     }
 
     fn row(&self, vm: &Splitter, attempt: &Attempt) -> Row {

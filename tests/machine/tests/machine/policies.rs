@@ -1,0 +1,146 @@
+//! What a VM's policy does about its split locks, against the machine's ground truth.
+
+use anyhow::Result;
+use libtest_mimic::Trial;
+use machine_tests::hypervisor::{boot, boot_guests, check_orderly, system};
+use machine_tests::{check, check_eq, trial};
+use xtask::config::{HvConfig, Policy, Setup, Source, Vm};
+use xtask::events::{Ac, Body, Outcome};
+use xtask::guests::{self, Guest, SUCCESS};
+use xtask::machine::{MachineConfig, RunOutcome};
+use xtask::stress::{Plan, Stressed};
+use xtask::topology::Topology;
+
+/// Guests that do not know of the feature, and how many split locks each makes.
+const UNAWARE: [(&str, usize); 4] =
+    [("split-add-cpl0", 3), ("split-xchg-cpl3", 3), ("split-page", 12), ("split-storm", 1000)];
+
+pub fn trials() -> Vec<Trial> {
+    let mut trials = vec![
+        trial("policies::each_vm_has_its_own", each_vm),
+        trial("policies::a_limit_makes_a_vm_wait_and_no_other", limited),
+    ];
+    for (policy, done, taken) in [(Policy::Step, "step", true), (Policy::Emulate, "emulate", false)]
+    {
+        trials.push(trial(format!("policies::{done}"), move || every_lock(policy, done, taken)));
+        for cpus in ["4", "1:2:2"] {
+            let name = format!("policies::stress_{done}_on_{}", cpus.replace(':', "_"));
+            trials.push(trial(name, move || stress(policy, cpus.parse()?)));
+        }
+    }
+    trials
+}
+
+/// How many of a VM's #ACs led to this.
+fn count(outcome: &RunOutcome, name: &str, done: &str) -> usize {
+    let is_it = |body: &Body| matches!(body, Body::Ac(Ac { vm, verdict, .. }) if vm == name && verdict == done);
+    outcome.events.iter().filter(|event| is_it(&event.body)).count()
+}
+
+/// How many split locks of guests locked the bus.
+fn taken(outcome: &RunOutcome) -> usize {
+    let taken = |truth: &&xtask::events::Truth| truth.vmx && truth.outcome == Outcome::Taken;
+    outcome.truth.iter().filter(taken).count()
+}
+
+fn succeeded(outcome: &RunOutcome, name: &str) -> Result<()> {
+    let status = outcome.events.iter().find_map(|event| match &event.body {
+        Body::VmEnd { vm, status, .. } if vm == name => *status,
+        _ => None,
+    });
+    check_eq(outcome, &format!("status of {name}"), status, Some(SUCCESS.into()))
+}
+
+/// Every split lock is seen and dealt with, one by one, and all guests get their results.
+fn every_lock(policy: Policy, done: &str, locks_bus: bool) -> Result<()> {
+    let aware = guests::find("sld-aware");
+    let unaware = UNAWARE.iter().filter_map(|(name, _)| guests::find(name));
+    let all: Vec<&Guest> = unaware.chain(aware).collect();
+    check_guests(&all)?;
+    let outcome = boot_guests(policy, &all, MachineConfig::default())?;
+    check_orderly(&outcome)?;
+    for (name, locks) in UNAWARE {
+        succeeded(&outcome, name)?;
+        check_eq(&outcome, &format!("{done} of {name}"), count(&outcome, name, done), locks)?;
+    }
+    succeeded(&outcome, "sld-aware")?;
+    check_eq(&outcome, "own #ACs", count(&outcome, "sld-aware", "inject"), 4)?;
+    let locks = UNAWARE.iter().map(|(_, locks)| locks).sum::<usize>();
+    check_eq(&outcome, "bus locks", taken(&outcome), if locks_bus { locks } else { 0 })
+}
+
+fn check_guests(found: &[&Guest]) -> Result<()> {
+    anyhow::ensure!(found.len() == UNAWARE.len() + 1, "a guest is not registered");
+    Ok(())
+}
+
+/// `hv.toml` with the guest `split-storm` once for each of these policies, in a host that warns.
+fn storms(policies: &[(&str, Policy)]) -> Result<Setup> {
+    let storm = guests::find("split-storm").expect("it is registered");
+    let vm = |(name, policy): &(&str, Policy)| Vm {
+        name: (*name).to_owned(),
+        policy: Some(*policy),
+        ..Vm::of_guest(storm)
+    };
+    let config = HvConfig::new(Policy::Warn, policies.iter().map(vm).collect());
+    let images = vec![("guests/split-storm".to_owned(), Source::Registered(storm.name))];
+    Ok(Setup { config: config.to_text()?, images })
+}
+
+/// VMs with all policies beside each other: nobody's changes what happens to another.
+fn each_vm() -> Result<()> {
+    let policies = [
+        ("off", Policy::Off),
+        ("warn", Policy::Warn),
+        ("step", Policy::Step),
+        ("emulate", Policy::Emulate),
+        ("fatal", Policy::Fatal),
+    ];
+    let outcome = boot(&storms(&policies)?, MachineConfig::default())?;
+    check_orderly(&outcome)?;
+    for (name, verdicts) in [
+        ("off", [0, 0, 0, 0]),
+        ("warn", [1, 0, 0, 0]),
+        ("step", [0, 1000, 0, 0]),
+        ("emulate", [0, 0, 1000, 0]),
+        ("fatal", [0, 0, 0, 1]),
+    ] {
+        let found = ["warn", "step", "emulate", "kill"].map(|done| count(&outcome, name, done));
+        check_eq(&outcome, &format!("verdicts of {name}"), found, verdicts)?;
+        if name != "fatal" {
+            succeeded(&outcome, name)?;
+        }
+    }
+    check_eq(&outcome, "bus locks", taken(&outcome), 3000)
+}
+
+/// A VM that may lock the bus a thousand times a second waits when it wants more; one beside it that
+/// splits as many, with detection off, does not.
+fn limited() -> Result<()> {
+    let limit = "ratelimit=900".parse()?;
+    let outcome =
+        boot(&storms(&[("limited", limit), ("free", Policy::Off)])?, MachineConfig::default())?;
+    check_orderly(&outcome)?;
+    for name in ["limited", "free"] {
+        succeeded(&outcome, name)?;
+    }
+    check_eq(&outcome, "steps", count(&outcome, "limited", "step"), 1000)?;
+    let waited = count(&outcome, "limited", "throttle");
+    check(&outcome, waited > 0, "the VM never had to wait")?;
+    let end = |name: &str| {
+        outcome
+            .events
+            .iter()
+            .position(|event| matches!(&event.body, Body::VmEnd { vm, .. } if vm == name))
+    };
+    check(&outcome, end("free") < end("limited"), "the other VM had to wait as well")
+}
+
+/// VMs that split locks, flip bits and move about, all with this policy.
+fn stress(policy: Policy, cpus: Topology) -> Result<()> {
+    let plan = Plan { cpus, sld: policy, loads: 1000, ..Plan::default() };
+    let Stressed { report, outcome } = plan.run(system()?)?;
+    check(&outcome, report.wrong.is_empty(), &format!("{policy} on {cpus}\n{report}"))?;
+    let found = [report.violations, report.missed, report.invented, report.outside];
+    check_eq(&outcome, "violations, missed, invented, outside", found, [0; 4])
+}
