@@ -15,10 +15,11 @@
 //! | `shootdown` | a CPU changes mappings, the others forget them when it tells them to |
 //! | `end` | one CPU ends the guest while the others spin, halt, and exit all the time |
 //! | `spin` | only alone: all CPUs count for ever, without exits |
+//! | `contend` | only alone: all CPUs change one number that crosses cache lines, and its neighbours |
 //!
 //! `count=N`: that many rounds of each test.
 //!
-//! Exit codes: success; 0x30 to 0x46, see the constants.
+//! Exit codes: success; 0x30 to 0x47, see the constants.
 
 #![no_std]
 #![no_main]
@@ -66,6 +67,7 @@ const MEMORY: Failure = Failure::new(0x43, "memory does not hold what was writte
 const STALE: Failure = Failure::new(0x44, "a CPU uses a translation that it has forgotten");
 const IDLE: Failure = Failure::new(0x45, "a CPU that runs does not get on");
 const NO_MEMORY_MAP: Failure = Failure::new(0x46, "no memory map: nothing says where memory ends");
+const NEIGHBOUR: Failure = Failure::new(0x47, "a number beside a split one is wrong");
 
 /// Vectors. From this one on: IPIs, by their sender.
 const FROM: u8 = 0x40;
@@ -782,6 +784,66 @@ extern "C" fn spin(cpu: usize) {
     }
 }
 
+// ---- contend ----
+
+/// Two cache lines. A number lies across them, each CPU has one of its own beside it.
+#[repr(C, align(64))]
+struct Lines([AtomicU64; 16]);
+
+static LINES: Lines = Lines([const { AtomicU64::new(0) }; 16]);
+/// How far the split number is from the lines' start, in bytes.
+const SPLIT: usize = 60;
+/// The words of [`LINES`] that the split number touches lie between these of CPUs 0 to 6, and 7 to 13.
+const OWN_BELOW: usize = 7;
+
+/// The number of this CPU beside the split one.
+fn neighbour(cpu: usize) -> &'static AtomicU64 {
+    &LINES.0[if cpu < OWN_BELOW { cpu } else { cpu + 2 }]
+}
+
+/// Adds 1 to the split number by another instruction each time.
+fn add_split(round: u64) {
+    let number = LINES.0.as_ptr().cast::<u8>().wrapping_add(SPLIT);
+    // SAFETY: the operand lies within LINES, whose words are atomic to the compiler; what the other
+    // CPUs do to it is locked as well.
+    unsafe {
+        match round % 3 {
+            0 => asm!("lock add qword ptr [{}], 1", in(reg) number, options(nostack)),
+            1 => asm!("lock xadd qword ptr [{}], {}", in(reg) number, inout(reg) 1u64 => _,
+                      options(nostack)),
+            _ => asm!(
+                "mov rax, [{number}]",
+                "2: lea {next}, [rax + 1]",
+                "lock cmpxchg [{number}], {next}",
+                "jne 2b",
+                number = in(reg) number,
+                next = out(reg) _,
+                out("rax") _,
+                options(nostack)
+            ),
+        }
+    }
+}
+
+fn change(cpu: usize) -> Result<(), Failure> {
+    meet()?;
+    for round in 0..rounds() {
+        add_split(round);
+        neighbour(cpu).fetch_add(1, Ordering::Relaxed);
+    }
+    Ok(())
+}
+
+fn contend() -> Result<(), Failure> {
+    together(change)?;
+    let number = LINES.0.as_ptr().cast::<u8>().wrapping_add(SPLIT).cast::<u64>();
+    // SAFETY: within LINES; the others are done.
+    let sum = unsafe { number.read_unaligned() };
+    SUM.unless(sum == rounds() * cpus() as u64)?;
+    let right = |cpu| neighbour(cpu).load(Ordering::Relaxed) == rounds();
+    NEIGHBOUR.unless((0..cpus()).all(right))
+}
+
 /// A test: its word, how it is run, rounds if none are given.
 type Test = (&'static str, fn(&Boot) -> Result<(), Failure>, u64);
 
@@ -811,6 +873,10 @@ fn main(boot: &Boot) -> Result<(), Failure> {
     FEW.unless(cpus() > 1)?;
     smp::enable_apic();
     smp::start_others(work)?;
+    if boot.has("contend") {
+        ROUNDS.store(boot.number("count").unwrap_or(100), Ordering::Relaxed);
+        return contend();
+    }
     let any = TESTS.iter().any(|(word, ..)| boot.has(word));
     for (word, test, rounds) in TESTS {
         if any && !boot.has(word) {

@@ -23,6 +23,10 @@ pub fn trials() -> Vec<Trial> {
     for (policy, done, taken) in [(Policy::Step, "step", true), (Policy::Emulate, "emulate", false)]
     {
         trials.push(trial(format!("policies::{done}"), move || every_lock(policy, done, taken)));
+        for cpus in [1, 2, 4] {
+            let name = format!("policies::{done}_loses_no_update_on_{cpus}");
+            trials.push(trial(name, move || contended(policy, done, cpus.into())));
+        }
         for cpus in ["4", "1:2:2"] {
             let name = format!("policies::stress_{done}_on_{}", cpus.replace(':', "_"));
             trials.push(trial(name, move || stress(policy, cpus.parse()?)));
@@ -134,6 +138,22 @@ fn limited() -> Result<()> {
             .position(|event| matches!(&event.body, Body::VmEnd { vm, .. } if vm == name))
     };
     check(&outcome, end("free") < end("limited"), "the other VM had to wait as well")
+}
+
+/// Four vCPUs change one number that crosses cache lines, and others beside it: nothing is lost.
+fn contended(policy: Policy, done: &str, cpus: Topology) -> Result<()> {
+    const ROUNDS: usize = 60;
+    let guest = guests::find("smp").expect("it is registered");
+    let vm = Vm { cmdline: format!("contend count={ROUNDS}"), ..Vm::of_guest(guest) };
+    let config = HvConfig { slice_ticks: Some(20_000), ..HvConfig::new(policy, vec![vm]) };
+    let images = vec![("guests/smp".to_owned(), Source::Registered(guest.name))];
+    let setup = Setup { config: config.to_text()?, images };
+    let outcome = boot(&setup, MachineConfig { cpus, ips: 1_000_000, ..MachineConfig::default() })?;
+    check_orderly(&outcome)?;
+    succeeded(&outcome, "smp")?;
+    let locks = count(&outcome, "smp", done);
+    check(&outcome, locks >= 4 * ROUNDS, &format!("only {locks} split locks"))?;
+    check_eq(&outcome, "bus locks", taken(&outcome), if policy == Policy::Step { locks } else { 0 })
 }
 
 /// VMs that split locks, flip bits and move about, all with this policy.
