@@ -112,9 +112,9 @@ pub fn emulate(state: &mut State, bytes: &[u8], memory: &impl GuestWrite) -> Res
     let place = Place::of(state, memory, linear, size).ok_or(Refusal::Faults)?;
     let before = place.read(memory);
     let after = match kind {
-        Kind::Plain(operation) => plain(state, &instruction, operation, size, before),
-        Kind::CompareTwice => Ok(compare_twice(state, size, before)),
-    }?;
+        Kind::Plain(operation) => plain(state, &instruction, operation, size, before)?,
+        Kind::CompareTwice => compare_twice(state, size, before),
+    };
     place.mark(memory);
     if after != before {
         place.write(memory, after);

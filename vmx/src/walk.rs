@@ -40,9 +40,9 @@ pub enum Paging {
     FourLevel,
 }
 
-const PRESENT: u64 = 1;
-const LARGE: u64 = 1 << 7;
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
+pub(crate) const PRESENT: u64 = 1;
+pub(crate) const LARGE: u64 = 1 << 7;
+pub(crate) const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// The guest-physical address behind `linear`; `None` where nothing is present.
 ///
@@ -90,7 +90,8 @@ fn walk64(memory: &impl GuestRead, root: u64, top: u32, linear: u64) -> Option<G
     None
 }
 
-fn entry32(memory: &impl GuestRead, address: u64) -> Option<u64> {
+/// The 32-bit entry at `address`, if it is in the guest's memory and present.
+pub(crate) fn entry32(memory: &impl GuestRead, address: u64) -> Option<u64> {
     let mut bytes = [0; 4];
     memory.read(GuestPhysAddr::new(address)?, &mut bytes).then_some(())?;
     let entry = u64::from(u32::from_le_bytes(bytes));

@@ -1,5 +1,6 @@
 //! `hv.toml`, the hypervisor's configuration, and the guest images that it names.
 
+use std::fmt::Display;
 use std::fs;
 use std::path::{Path, PathBuf};
 
@@ -88,8 +89,12 @@ const MAX_NAME: usize = 31;
 const DEFAULT_VCPUS: u32 = 1;
 const DEFAULT_WEIGHT: u32 = 100;
 
-fn as_text<S: Serializer>(policy: &Policy, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(policy)
+/// For values that are written as they are shown.
+pub(crate) fn as_text<S: Serializer>(
+    value: &impl Display,
+    serializer: S,
+) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(value)
 }
 
 fn as_text_if_any<S: Serializer>(
@@ -97,7 +102,7 @@ fn as_text_if_any<S: Serializer>(
     serializer: S,
 ) -> Result<S::Ok, S::Error> {
     match policy {
-        Some(policy) => serializer.collect_str(policy),
+        Some(policy) => as_text(policy, serializer),
         None => serializer.serialize_none(),
     }
 }

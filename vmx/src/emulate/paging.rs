@@ -4,16 +4,13 @@
 //! Protection keys are not offered to guests.
 
 use crate::addr::GuestPhysAddr;
-use crate::walk::{GuestWrite, Paging};
+use crate::walk::{ADDRESS, GuestWrite, LARGE, PRESENT, Paging, entry32};
 
-const PRESENT: u64 = 1 << 0;
 const WRITABLE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
 const ACCESSED: u64 = 1 << 5;
 const DIRTY: u64 = 1 << 6;
-const LARGE: u64 = 1 << 7;
 const EXECUTE_DISABLE: u64 = 1 << 63;
-const ADDRESS: u64 = 0x000f_ffff_ffff_f000;
 
 /// What decides about a data access besides the tables.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -134,7 +131,7 @@ impl<M: GuestWrite> Way<'_, M> {
 
     fn descend_32(&mut self, cr3: u64, large_pages: bool, linear: u64) -> Option<u64> {
         let at = (cr3 & 0xffff_f000) + (linear >> 22 & 0x3ff) * 4;
-        let pde = self.entry_32(at)?;
+        let pde = entry32(self.memory, at)?;
         if pde & LARGE != 0 && large_pages {
             let high = (pde >> 13 & 0xff) << 32;
             // PSE-36: the address bits above those that there are, and bit 21, are reserved.
@@ -144,15 +141,9 @@ impl<M: GuestWrite> Way<'_, M> {
         }
         self.take(at, pde, 0)?;
         let at = (pde & 0xffff_f000) + (linear >> 12 & 0x3ff) * 4;
-        let pte = self.entry_32(at)?;
+        let pte = entry32(self.memory, at)?;
         self.take(at, pte, 0)?;
         Some(pte & 0xffff_f000 | linear & 0xfff)
-    }
-
-    fn entry_32(&self, at: u64) -> Option<u64> {
-        let mut bytes = [0; 4];
-        self.memory.read(GuestPhysAddr::new(at)?, &mut bytes).then_some(())?;
-        Some(u32::from_le_bytes(bytes).into())
     }
 
     fn take(&mut self, at: u64, entry: u64, reserved: u64) -> Option<()> {

@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::fmt::{self, Display, Write};
 
-use serde::{Serialize, Serializer};
+use serde::Serialize;
 
 use super::{LEAST_PERCENT, LIMIT, LOADS_PER_MIGRATION, Member, Plan, Role};
-use crate::config::Policy;
+use crate::config::{Policy, as_text};
 use crate::events::{self, Ac, Address, Body, Counters, Event, Outcome, Totals};
 use crate::machine::RunOutcome;
 use crate::report::{align, judge};
@@ -101,10 +101,6 @@ impl Fairness {
             smallest_percent: 100.0 * least * count / sum,
         })
     }
-}
-
-fn as_text<S: Serializer>(value: &impl Display, serializer: S) -> Result<S::Ok, S::Error> {
-    serializer.collect_str(value)
 }
 
 impl Display for Report {

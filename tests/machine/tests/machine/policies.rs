@@ -1,15 +1,17 @@
 //! What a VM's policy does about its split locks, against the machine's ground truth.
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
-use machine_tests::hypervisor::{boot, boot_guests, check_orderly, system};
+use machine_tests::hypervisor::{boot_guests, check_orderly, system};
 use machine_tests::{check, check_eq, trial};
-use xtask::config::{HvConfig, Policy, Setup, Source, Vm};
+use xtask::config::{HvConfig, Policy, Vm};
 use xtask::events::{Ac, Body, Outcome};
 use xtask::guests::{self, Guest, SUCCESS};
 use xtask::machine::{MachineConfig, RunOutcome};
 use xtask::stress::{Plan, Stressed};
 use xtask::topology::Topology;
+
+use crate::vms;
 
 /// Guests that do not know of the feature, and how many split locks each makes.
 const UNAWARE: [(&str, usize); 4] =
@@ -60,7 +62,7 @@ fn every_lock(policy: Policy, done: &str, locks_bus: bool) -> Result<()> {
     let aware = guests::find("sld-aware");
     let unaware = UNAWARE.iter().filter_map(|(name, _)| guests::find(name));
     let all: Vec<&Guest> = unaware.chain(aware).collect();
-    check_guests(&all)?;
+    ensure!(all.len() == UNAWARE.len() + 1, "a guest is not registered");
     let outcome = boot_guests(policy, &all, MachineConfig::default())?;
     check_orderly(&outcome)?;
     for (name, locks) in UNAWARE {
@@ -73,13 +75,8 @@ fn every_lock(policy: Policy, done: &str, locks_bus: bool) -> Result<()> {
     check_eq(&outcome, "bus locks", taken(&outcome), if locks_bus { locks } else { 0 })
 }
 
-fn check_guests(found: &[&Guest]) -> Result<()> {
-    anyhow::ensure!(found.len() == UNAWARE.len() + 1, "a guest is not registered");
-    Ok(())
-}
-
-/// `hv.toml` with the guest `split-storm` once for each of these policies, in a host that warns.
-fn storms(policies: &[(&str, Policy)]) -> Result<Setup> {
+/// Runs the guest `split-storm` once for each of these policies, in a host that warns.
+fn storms(policies: &[(&str, Policy)]) -> Result<RunOutcome> {
     let storm = guests::find("split-storm").expect("it is registered");
     let vm = |(name, policy): &(&str, Policy)| Vm {
         name: (*name).to_owned(),
@@ -87,8 +84,7 @@ fn storms(policies: &[(&str, Policy)]) -> Result<Setup> {
         ..Vm::of_guest(storm)
     };
     let config = HvConfig::new(Policy::Warn, policies.iter().map(vm).collect());
-    let images = vec![("guests/split-storm".to_owned(), Source::Registered(storm.name))];
-    Ok(Setup { config: config.to_text()?, images })
+    vms::run(&config, MachineConfig::default())
 }
 
 /// VMs with all policies beside each other: nobody's changes what happens to another.
@@ -100,8 +96,7 @@ fn each_vm() -> Result<()> {
         ("emulate", Policy::Emulate),
         ("fatal", Policy::Fatal),
     ];
-    let outcome = boot(&storms(&policies)?, MachineConfig::default())?;
-    check_orderly(&outcome)?;
+    let outcome = storms(&policies)?;
     for (name, verdicts) in [
         ("off", [0, 0, 0, 0]),
         ("warn", [1, 0, 0, 0]),
@@ -122,9 +117,7 @@ fn each_vm() -> Result<()> {
 /// splits as many, with detection off, does not.
 fn limited() -> Result<()> {
     let limit = "ratelimit=900".parse()?;
-    let outcome =
-        boot(&storms(&[("limited", limit), ("free", Policy::Off)])?, MachineConfig::default())?;
-    check_orderly(&outcome)?;
+    let outcome = storms(&[("limited", limit), ("free", Policy::Off)])?;
     for name in ["limited", "free"] {
         succeeded(&outcome, name)?;
     }
@@ -146,10 +139,8 @@ fn contended(policy: Policy, done: &str, cpus: Topology) -> Result<()> {
     let guest = guests::find("smp").expect("it is registered");
     let vm = Vm { cmdline: format!("contend count={ROUNDS}"), ..Vm::of_guest(guest) };
     let config = HvConfig { slice_ticks: Some(20_000), ..HvConfig::new(policy, vec![vm]) };
-    let images = vec![("guests/smp".to_owned(), Source::Registered(guest.name))];
-    let setup = Setup { config: config.to_text()?, images };
-    let outcome = boot(&setup, MachineConfig { cpus, ips: 1_000_000, ..MachineConfig::default() })?;
-    check_orderly(&outcome)?;
+    let machine = MachineConfig { cpus, ips: 1_000_000, ..MachineConfig::default() };
+    let outcome = vms::run(&config, machine)?;
     succeeded(&outcome, "smp")?;
     let locks = count(&outcome, "smp", done);
     check(&outcome, locks >= 4 * ROUNDS, &format!("only {locks} split locks"))?;
