@@ -27,13 +27,12 @@ use bios::{
 };
 use boot::{
     archive, cpu,
-    disk::checksum,
     frames::Frames,
     load::{Framebuffer, Machine, load},
     log,
     memory_map::MemoryMap,
     physical::Identity,
-    stick::{CONFIG, GUESTS, KERNEL, KERNEL_SUM, LOG, parse_sum},
+    stick::{self, CONFIG, GUESTS, KERNEL, KERNEL_SUM, LOG, MAX_SUM},
     volume::{self, Storage},
 };
 use bootloader_api::info::MemoryRegionKind;
@@ -48,19 +47,12 @@ const CONVENTIONAL_MEMORY: u32 = 512;
 /// Memory below this address is left to the kernel: processors start there, in real mode.
 const FLOOR: PhysAddr = PhysAddr::new(1 << 20);
 
-/// The longest file that holds a checksum.
-const MAX_SUM: usize = 64;
-
 /// Why the kernel cannot be started.
 enum Failure {
     Load(boot::Error),
     Disk(disk::Error),
     Volume(volume::Error<disk::Error>),
-    /// The kernel's checksum is not the one that stands beside it, which may itself be unreadable.
-    Damaged {
-        found: u64,
-        expected: Option<u64>,
-    },
+    Damaged(stick::Damaged),
     Map(MapError),
     ConventionalMemory(u32),
     A20,
@@ -98,14 +90,7 @@ impl fmt::Display for Failure {
             Self::Load(error) => error.fmt(f),
             Self::Disk(error) => error.fmt(f),
             Self::Volume(error) => error.fmt(f),
-            Self::Damaged { found, expected } => {
-                write!(f, "{KERNEL} is damaged: its checksum is {found:016x}, {KERNEL_SUM} says ")?;
-                match expected {
-                    Some(expected) => write!(f, "{expected:016x}"),
-                    None => f.write_str("no number"),
-                }?;
-                f.write_str("; write both to the stick again")
-            }
+            Self::Damaged(damaged) => damaged.fmt(f),
             Self::Map(error) => error.fmt(f),
             Self::ConventionalMemory(kib) => write!(
                 f,
@@ -251,19 +236,15 @@ fn read_kernel(
     let kernel = unsafe { slice::from_raw_parts_mut(memory.pointer(at), bytes as usize) };
     volume.read(KERNEL, kernel)?;
 
-    let mut sum = [0; MAX_SUM];
-    let expected = match volume.size(KERNEL_SUM) {
+    match volume.size(KERNEL_SUM) {
         Ok(bytes) => {
+            let mut sum = [0; MAX_SUM];
             let sum = &mut sum[..bytes.min(MAX_SUM as u64) as usize];
             volume.read(KERNEL_SUM, sum)?;
-            parse_sum(sum)
+            stick::check_kernel(kernel, sum).map_err(Failure::Damaged)?;
         }
-        Err(error) if error.is_missing() => return Ok((at, kernel)),
+        Err(error) if error.is_missing() => {}
         Err(error) => return Err(error.into()),
-    };
-    let found = checksum(kernel);
-    if expected != Some(found) {
-        return Err(Failure::Damaged { found, expected });
     }
     Ok((at, kernel))
 }

@@ -28,10 +28,8 @@ pub enum Failure {
     BadName,
     /// There are more images than the kernel takes.
     TooManyFiles,
-    /// The kernel's sum is not one.
-    BadSum,
     /// The kernel is not what was written.
-    Damaged { found: u64, expected: u64 },
+    Damaged(stick::Damaged),
     /// The CPU or the firmware lacks a feature.
     NoExecuteDisable,
 }
@@ -79,18 +77,7 @@ impl fmt::Display for Failure {
                 stick::GUESTS,
                 stick::CONFIG
             ),
-            Self::BadSum => write!(
-                f,
-                "{} is no checksum of 16 hexadecimal digits: write it to the stick again, or remove it",
-                stick::KERNEL_SUM
-            ),
-            Self::Damaged { found, expected } => write!(
-                f,
-                "{} is damaged: its checksum is {found:016x}, {} says {expected:016x}; write both \
-                 to the stick again, and eject it before you pull it out",
-                stick::KERNEL,
-                stick::KERNEL_SUM
-            ),
+            Self::Damaged(damaged) => damaged.fmt(f),
             Self::NoExecuteDisable => f.write_str(
                 "the CPU has no execute-disable, or the firmware's setup turns it off (look for \
                  \"XD\" or \"NX\" there)",

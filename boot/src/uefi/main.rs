@@ -125,14 +125,10 @@ fn kernel(stick: &mut Stick) -> Result<&'static [u8], Failure> {
     let kernel = memory::allocate("the kernel", file.bytes)?;
     file.read(kernel)?;
     if let Some(mut file) = stick.find_file(stick::KERNEL_SUM)? {
-        let mut text = [0; 64];
-        let text = text.get_mut(..file.bytes as usize).unwrap_or_default();
-        file.read(text)?;
-        let expected = stick::parse_sum(text).ok_or(Failure::BadSum)?;
-        let found = boot::disk::checksum(kernel);
-        if found != expected {
-            return Err(Failure::Damaged { found, expected });
-        }
+        let mut sum = [0; stick::MAX_SUM];
+        let sum = &mut sum[..(file.bytes as usize).min(stick::MAX_SUM)];
+        file.read(sum)?;
+        stick::check_kernel(kernel, sum).map_err(Failure::Damaged)?;
     }
     Ok(kernel)
 }
