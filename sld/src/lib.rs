@@ -127,6 +127,12 @@
 //! # }
 //! ```
 //!
+//! # Without the hardware
+//!
+//! [`SoftwareTestCtrl`] is a 0x33 for hypervisors that look at each instruction of a guest before it
+//! is executed, where the CPU has none ([`Source`]): the same crate, with a second [`Cpu`], [`Core`]
+//! and [`Task`], decides when to look and what a split lock comes to.
+//!
 //! # Policies
 //!
 //! A guest that has set its own bit 29 is delivered its #AC, whatever the policy, and so is one
@@ -191,6 +197,8 @@ mod mode;
 mod policy;
 mod rate;
 mod smt;
+mod software;
+mod source;
 mod vcpu;
 mod verify;
 
@@ -205,5 +213,7 @@ pub use mode::{Host, PolicyError, SldMode, VmPolicy};
 pub use policy::{PerSecond, Policy, UnknownPolicy};
 pub use rate::RateLimiter;
 pub use smt::Core;
+pub use software::SoftwareTestCtrl;
+pub use source::{Source, UnknownSource};
 pub use vcpu::{Msr, MsrWrite, Task, Vcpu};
 pub use verify::{Violation, verify};
