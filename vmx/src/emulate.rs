@@ -21,6 +21,8 @@ use paging::{Rights, Writable, translate_for_write};
 
 /// The largest operand, in bytes.
 const MAX_SIZE: usize = 16;
+/// Bytes in a cache line.
+const CACHE_LINE: u64 = 64;
 
 /// Numbers of the registers that CMPXCHG, CMPXCHG8B and CMPXCHG16B use without naming them.
 const RAX: usize = 0;
@@ -85,34 +87,12 @@ pub struct Done {
 ///
 /// [`Refusal`].
 pub fn emulate(state: &mut State, bytes: &[u8], memory: &impl GuestWrite) -> Result<Done, Refusal> {
-    let mut decoder = Decoder::with_ip(state.code.bits(), bytes, state.rip, DecoderOptions::NONE);
-    let instruction = decoder.decode();
-    if instruction.is_invalid() || instruction.op0_kind() != OpKind::Memory {
-        return Err(Refusal::Unknown);
-    }
-    let kind = Kind::of(&instruction).ok_or(Refusal::Unknown)?;
-    let size = operand_size(&instruction);
-    if size == 0 {
-        return Err(Refusal::Unknown);
-    }
-    let offset = effective_address(&instruction, |number| state.registers[number]);
-    let linear = linear_address(
-        &instruction,
-        &state.segments,
-        state.code,
-        state.protected,
-        state.linear_bits,
-        offset,
-        size,
-    );
-    let linear = linear.ok_or(Refusal::Faults)?;
-    if size == MAX_SIZE && !linear.is_multiple_of(MAX_SIZE as u64) {
-        return Err(Refusal::Faults);
-    }
+    let locked = Locked::decode(state, bytes)?;
+    let Locked { ref instruction, kind, linear, size } = locked;
     let place = Place::of(state, memory, linear, size).ok_or(Refusal::Faults)?;
     let before = place.read(memory);
     let after = match kind {
-        Kind::Plain(operation) => plain(state, &instruction, operation, size, before)?,
+        Kind::Plain(operation) => plain(state, instruction, operation, size, before)?,
         Kind::CompareTwice => compare_twice(state, size, before),
     };
     place.mark(memory);
@@ -120,6 +100,66 @@ pub fn emulate(state: &mut State, bytes: &[u8], memory: &impl GuestWrite) -> Res
         place.write(memory, after);
     }
     Ok(Done { length: instruction.len(), linear, size })
+}
+
+/// A locked read-modify-write of memory that is not carried out yet.
+#[derive(Debug, Clone)]
+pub struct Locked {
+    instruction: Instruction,
+    kind: Kind,
+    linear: u64,
+    size: usize,
+}
+
+impl Locked {
+    /// The instruction in `bytes`, at `state`'s RIP.
+    ///
+    /// # Errors
+    ///
+    /// [`Refusal::Faults`] where its operand cannot be accessed, whatever the page tables say.
+    pub fn decode(state: &State, bytes: &[u8]) -> Result<Self, Refusal> {
+        let options = DecoderOptions::NONE;
+        let instruction =
+            Decoder::with_ip(state.code.bits(), bytes, state.rip, options).decode();
+        if instruction.is_invalid() || instruction.op0_kind() != OpKind::Memory {
+            return Err(Refusal::Unknown);
+        }
+        let kind = Kind::of(&instruction).ok_or(Refusal::Unknown)?;
+        let size = operand_size(&instruction);
+        if size == 0 {
+            return Err(Refusal::Unknown);
+        }
+        let offset = effective_address(&instruction, |number| state.registers[number]);
+        let linear = linear_address(
+            &instruction,
+            &state.segments,
+            state.code,
+            state.protected,
+            state.linear_bits,
+            offset,
+            size,
+        );
+        let linear = linear.ok_or(Refusal::Faults)?;
+        if size == MAX_SIZE && !linear.is_multiple_of(MAX_SIZE as u64) {
+            return Err(Refusal::Faults);
+        }
+        Ok(Self { instruction, kind, linear, size })
+    }
+
+    /// The instruction's length in bytes.
+    pub fn length(&self) -> usize {
+        self.instruction.len()
+    }
+
+    /// Whether its operand lies in two cache lines.
+    pub fn is_split(&self) -> bool {
+        (self.linear % CACHE_LINE) as usize + self.size > CACHE_LINE as usize
+    }
+
+    /// Whether the page tables let it read and write its operand.
+    pub fn is_allowed(&self, state: &State, memory: &impl GuestWrite) -> bool {
+        Place::of(state, memory, self.linear, self.size).is_some()
+    }
 }
 
 /// What there is to do.
@@ -178,7 +218,11 @@ impl Place {
         };
         let in_first = (4096 - (linear & 0xfff) as usize).min(size);
         let second = if in_first < size {
-            Some((translate(linear + in_first as u64)?, in_first))
+            let next = linear + in_first as u64;
+            // After 4 GiB it goes on at address 0.
+            let wraps = state.code != CodeSize::Bits64;
+            let next = if wraps { next & 0xffff_ffff } else { next };
+            Some((translate(next)?, in_first))
         } else {
             None
         };

@@ -24,6 +24,7 @@ pub mod msr_policy;
 pub mod run;
 pub mod setup;
 pub mod split_lock;
+pub mod trace;
 pub mod vcpu;
 pub mod walk;
 pub mod world;

@@ -5,7 +5,9 @@ use core::fmt;
 
 use raw_cpuid::CpuIdReaderNative;
 use raw_cpuid::CpuIdResult;
-use sld::{MsrFault, MsrWrite, PerSecond, PreemptionDisabled, RealBit, Task, Written};
+use sld::{
+    AcContext, MsrFault, MsrWrite, PerSecond, PreemptionDisabled, RealBit, Task, Verdict, Written,
+};
 
 use crate::addr::GuestPhysAddr;
 use crate::apic::{Command, Delivery, Ipi};
@@ -33,8 +35,15 @@ pub trait Host {
     /// The guest's memory.
     type Memory: GuestWrite;
 
-    /// This CPU's split-lock detection and the task that the vCPU runs on.
+    /// What the vCPU's split locks are detected by, and the task that it runs on there: this CPU's
+    /// detection, or where the VM is traced, the software that stands for it.
     fn sld(&mut self) -> (&mut Self::Pinned, &mut Task);
+    /// Whether each instruction is to be looked at before it is executed: the VM is traced, and the
+    /// software's bit is on.
+    fn traces(&self) -> bool;
+    /// The CPU has raised #AC. Where the VM is traced, that is not what its guest's split locks are
+    /// detected by: the verdict of the CPU's own detection. `None` for all other VMs.
+    fn real_ac(&mut self, context: AcContext) -> Option<Result<Verdict, MsrFault>>;
     /// The guest's memory.
     fn memory(&self) -> &Self::Memory;
 
@@ -230,10 +239,14 @@ impl From<MsrFault> for End {
 
 /// Blocking by STI and by MOV SS: bits 1:0 of the interruptibility state.
 const BLOCKING_STI_MOV_SS: u32 = 3;
+/// Blocking by MOV SS alone.
+pub(crate) const BLOCKING_MOV_SS: u32 = 2;
 /// Blocking by NMI: bit 3.
 pub(crate) const BLOCKING_NMI: u32 = 1 << 3;
 /// Pending debug exceptions: single step.
 pub(crate) const PENDING_DEBUG_BS: u64 = 1 << 14;
+/// Pending debug exceptions: an enabled breakpoint was met.
+pub(crate) const PENDING_DEBUG_ENABLED: u64 = 1 << 12;
 /// IA32_DEBUGCTL.LBR, which a #DB clears.
 const DEBUGCTL_LBR: u64 = 1 << 0;
 /// DR7.GD, which a #DB clears.
@@ -307,7 +320,26 @@ impl Loaded<'_> {
     /// turn, an order of the host, what other vCPUs have posted, the guest's timer, the end of a
     /// step or its beginning. `after`: the exit before, if there was one.
     #[inline(never)]
-    fn attend(&mut self, host: &mut impl Host, now: u64, after: Option<BasicReason>) -> Handled {
+    fn attend(
+        &mut self,
+        host: &mut impl Host,
+        mut time: u64,
+        mut after: Option<BasicReason>,
+    ) -> Handled {
+        while !self.prepare(host, time, after)? {
+            (time, after) = (now(), None);
+        }
+        Ok(())
+    }
+
+    /// What [`Self::attend`] does before a VM entry; false if an instruction was carried out in place of
+    /// one.
+    fn prepare(
+        &mut self,
+        host: &mut impl Host,
+        now: u64,
+        after: Option<BasicReason>,
+    ) -> Result<bool, Stop> {
         self.end_split_lock_step(host)?;
         // An instruction that exits is carried out by the hypervisor, and no trap comes after it.
         if self.vcpu.step.contains(Step::HOLE) && !after.is_some_and(comes_back) {
@@ -317,7 +349,8 @@ impl Loaded<'_> {
             // Others wait for this one instruction: everything else has to. A kick that comes now
             // costs one more exit.
             self.vmcs.write(PREEMPTION_TIMER_VALUE, u32::MAX);
-            return self.begin_wanted_step(host);
+            self.begin_wanted_step(host)?;
+            return self.trace(host);
         }
         if now >= self.vcpu.stop_at {
             return Err(Stop::Slice);
@@ -337,7 +370,8 @@ impl Loaded<'_> {
         }
         self.tick(now);
         self.stay_halted()?;
-        self.begin_wanted_step(host)
+        self.begin_wanted_step(host)?;
+        self.trace(host)
     }
 
     /// Has [`Self::attend`] called after the exit that is being handled.
@@ -347,7 +381,7 @@ impl Loaded<'_> {
 
     /// The turn is over: nothing that was to last for one instruction stays.
     fn abandon_steps(&mut self, host: &mut impl Host) -> Handled {
-        if self.vcpu.step.is_empty() {
+        if !self.vcpu.step.intersects(Step::ONE) {
             return Ok(());
         }
         self.give_up_step(host);
@@ -417,7 +451,7 @@ impl Loaded<'_> {
             }
             // The guest's own timer, the end of its turn, or a kick that came too late to exit.
             BasicReason::PREEMPTION_TIMER => self.want_attention(),
-            BasicReason::HLT => return self.hlt(host),
+            BasicReason::HLT => self.hlt(),
             BasicReason::EPT_VIOLATION => self.ept_violation(host)?,
             BasicReason::MONITOR_TRAP_FLAG => self.step_done(host),
             BasicReason::CR_ACCESS => self.cr_access(host),
@@ -584,6 +618,10 @@ impl Loaded<'_> {
         host.on_test_ctrl_write(value, result);
         if let MsrWrite::Propagated(written) = result {
             host.on_real_bit(written);
+            // Tracing begins or ends.
+            if host.traces() != self.vcpu.step.contains(Step::TRACE) {
+                self.want_attention();
+            }
         }
         self.make_room(host);
         Ok(!matches!(result, MsrWrite::Gp))
@@ -631,10 +669,10 @@ impl Loaded<'_> {
         }
     }
 
-    fn hlt(&mut self, host: &mut impl Host) -> Handled {
+    fn hlt(&mut self) {
         self.skip_instruction();
         self.vcpu.activity = Activity::Halted;
-        self.attend(host, now(), Some(BasicReason::HLT))
+        self.want_attention();
     }
 
     /// Whether a vCPU that has executed HLT, or was reset, may go on: only an event ends that.
@@ -672,7 +710,8 @@ impl Loaded<'_> {
             ticks = ticks.min(deadline.saturating_sub(guest_now));
         }
         self.vcpu.attention_at = now.saturating_add(ticks);
-        // After the one instruction of a step there is always something to do.
+        // After the one instruction of a step there is always something to do, and after each one of
+        // a guest that is traced.
         if !self.vcpu.step.is_empty() {
             self.want_attention();
         }
@@ -683,7 +722,7 @@ impl Loaded<'_> {
             self.vmcs.write(PREEMPTION_TIMER_VALUE, 0);
         }
         // A step is for the instruction that it was begun for.
-        if self.vcpu.step.is_empty() && self.vcpu.apic.deliverable().is_some() {
+        if !self.vcpu.step.intersects(Step::ONE) && self.vcpu.apic.deliverable().is_some() {
             self.deliver_interrupt(false);
         }
     }
@@ -803,7 +842,7 @@ impl Loaded<'_> {
         match host.map_hole(gpa) {
             Alone::Yes => {
                 self.vcpu.step.insert(Step::HOLE);
-                self.set_primary(Primary::MONITOR_TRAP_FLAG, true);
+                self.set_monitor_trap();
                 self.want_attention();
                 Ok(())
             }
@@ -818,9 +857,15 @@ impl Loaded<'_> {
         if self.vcpu.step.contains(Step::HOLE) {
             self.vcpu.step.remove(Step::HOLE);
             host.unmap_holes();
+            self.set_monitor_trap();
         }
-        self.set_primary(Primary::MONITOR_TRAP_FLAG, false);
         self.want_attention();
+    }
+
+    /// The monitor trap flag is on while anything is stepped.
+    pub(crate) fn set_monitor_trap(&mut self) {
+        let on = self.vcpu.step.intersects(Step::TRAP);
+        self.set_primary(Primary::MONITOR_TRAP_FLAG, on);
     }
 
     pub(crate) fn set_primary(&mut self, control: Primary, on: bool) {
@@ -832,7 +877,7 @@ impl Loaded<'_> {
     // ---- Events ------------------------------------------------------------------------------
 
     /// What the next VM entry will deliver.
-    fn entry_event(&self) -> InterruptionInfo {
+    pub(crate) fn entry_event(&self) -> InterruptionInfo {
         InterruptionInfo(self.vmcs.read(ENTRY_INTERRUPTION_INFO))
     }
 

@@ -41,6 +41,8 @@ pub const CR4_MCE: u64 = 1 << 6;
 pub const CR4_PCIDE: u64 = 1 << 17;
 /// CR4.OSXSAVE.
 pub const CR4_OSXSAVE: u64 = 1 << 18;
+/// CR4.SMEP.
+pub const CR4_SMEP: u64 = 1 << 20;
 /// CR4.SMAP.
 pub const CR4_SMAP: u64 = 1 << 21;
 /// CR4.VMXE: set while guests run, and hidden from them.

@@ -4,13 +4,12 @@ use core::fmt;
 
 use sld::{AcContext, Fallback, Verdict};
 
-use crate::controls::Primary;
 use crate::emulate::operand::{CodeSize, Segment};
 use crate::emulate::paging::Rights;
 use crate::emulate::{self, Done, Refusal, State};
 use crate::exit::{EventKind, InterruptionInfo, vector};
 use crate::fields::*;
-use crate::run::{Alone, End, Handled, Host, InstructionBytes, Stop};
+use crate::run::{Alone, End, Handled, Host, InstructionBytes, PENDING_DEBUG_ENABLED, Stop};
 use crate::setup::*;
 use crate::vcpu::{Loaded, Step};
 use crate::world::register::RSP;
@@ -93,8 +92,6 @@ const MAX_INSTRUCTION: u64 = 15;
 
 /// DR7: bits 1:0 enable breakpoint 0, and so on; bits 17:16 say what it is for, 19:18 how long it is.
 const DR7_CONDITION_SHIFT: u32 = 16;
-/// Pending debug exceptions: an enabled breakpoint was met.
-const PENDING_DEBUG_ENABLED: u64 = 1 << 12;
 
 impl Loaded<'_> {
     /// #AC: see the verdict table in [`sld::Vcpu::on_ac`].
@@ -104,25 +101,56 @@ impl Loaded<'_> {
         info: InterruptionInfo,
     ) -> Handled {
         self.end_split_lock_step(host)?;
-        let cr0 = self.vmcs.read(GUEST_CR0);
-        let context = AcContext {
-            // DPL of SS: 3 in virtual-8086 mode, 0 in real mode.
-            cpl: (self.vmcs.read(GUEST_SS_ACCESS_RIGHTS) >> 5 & 3) as u8,
-            cr0_am: cr0 & CR0_AM != 0,
-            eflags_ac: self.vmcs.read(GUEST_RFLAGS) & RFLAGS_AC != 0,
+        let context = self.ac_context();
+        let verdict = match host.real_ac(context) {
+            None => {
+                let (pinned, task) = host.sld();
+                self.vcpu.sld.on_ac(pinned, task, context).map_err(End::from)?
+            }
+            Some(verdict) => verdict.map_err(End::from)?,
         };
-        let (pinned, task) = host.sld();
-        let verdict = self.vcpu.sld.on_ac(pinned, task, context).map_err(End::from)?;
         let rip = self.vmcs.read(GUEST_RIP);
         let instruction = self.instruction_at(host.memory(), rip);
         let virtual_bit = self.vcpu.sld.virtual_bit();
         let outcome = AcOutcome::Again;
         let report = AcReport { rip, context, virtual_bit, outcome, first: false, instruction };
+        self.act_on(host, verdict, report, Some(info))
+    }
+
+    /// What decides about an #AC, as it is now.
+    #[inline(always)]
+    pub(crate) fn ac_context(&self) -> AcContext {
+        AcContext {
+            // DPL of SS: 3 in virtual-8086 mode, 0 in real mode.
+            cpl: (self.vmcs.read(GUEST_SS_ACCESS_RIGHTS) >> 5 & 3) as u8,
+            cr0_am: self.vmcs.read(GUEST_CR0) & CR0_AM != 0,
+            eflags_ac: self.vmcs.read(GUEST_RFLAGS) & RFLAGS_AC != 0,
+        }
+    }
+
+    /// Carries a verdict out. `exit`: the #AC's, if the CPU has raised it; otherwise it is raised here,
+    /// before the instruction.
+    #[inline(always)]
+    pub(crate) fn act_on(
+        &mut self,
+        host: &mut impl Host,
+        verdict: Verdict,
+        report: AcReport,
+        exit: Option<InterruptionInfo>,
+    ) -> Handled {
         match verdict {
             Verdict::Inject => {
                 self.report(host, AcReport { outcome: AcOutcome::Inject, ..report });
-                self.keep_interrupted(info.nmi_unblocked_by_iret());
-                let error = (cr0 & CR0_PE != 0).then_some(0);
+                match exit {
+                    Some(info) => self.keep_interrupted(info.nmi_unblocked_by_iret()),
+                    // The handler finds it set, as after every fault: SDM volume 3, section "Resume
+                    // Flag".
+                    None => {
+                        let flags = self.vmcs.read(GUEST_RFLAGS);
+                        self.vmcs.write(GUEST_RFLAGS, flags | RFLAGS_RF);
+                    }
+                }
+                let error = (self.vmcs.read(GUEST_CR0) & CR0_PE != 0).then_some(0);
                 self.inject(EventKind::HardwareException, vector::AC, error, 0);
             }
             Verdict::Warn { first, real_bit } => {
@@ -130,20 +158,20 @@ impl Loaded<'_> {
                 if let Some(written) = real_bit {
                     host.on_real_bit(written);
                 }
-                self.resume(info);
+                self.resume(exit);
             }
-            Verdict::Step { first } => self.want_step(info, AcReport { first, ..report }),
+            Verdict::Step { first } => self.want_step(exit, AcReport { first, ..report }),
             Verdict::Throttle { first, limit } => {
                 let report = AcReport { first, ..report };
                 if !host.may_split(limit) {
                     self.report(host, AcReport { outcome: AcOutcome::Throttle, ..report });
-                    self.resume(info);
+                    self.resume(exit);
                     return Err(Stop::Held);
                 }
-                self.want_step(info, report);
+                self.want_step(exit, report);
             }
             Verdict::Emulate { first, fallback } => {
-                self.emulate(host, info, AcReport { first, ..report }, fallback)?;
+                self.emulate(host, exit, AcReport { first, ..report }, fallback)?;
             }
             Verdict::Kill => {
                 self.report(host, AcReport { outcome: AcOutcome::Kill, ..report });
@@ -163,17 +191,19 @@ impl Loaded<'_> {
         self.make_room(host);
     }
 
-    /// The guest goes on where the #AC interrupted it.
-    fn resume(&mut self, info: InterruptionInfo) {
-        self.restore_nmi_blocking(info.nmi_unblocked_by_iret());
-        self.requeue();
+    /// The guest goes on where the #AC interrupted it, if it did.
+    fn resume(&mut self, exit: Option<InterruptionInfo>) {
+        if let Some(info) = exit {
+            self.restore_nmi_blocking(info.nmi_unblocked_by_iret());
+            self.requeue();
+        }
     }
 
     // ---- Step --------------------------------------------------------------------------------
 
     /// The instruction is to be executed with detection off, once nothing else is due.
-    fn want_step(&mut self, info: InterruptionInfo, report: AcReport) {
-        self.resume(info);
+    fn want_step(&mut self, exit: Option<InterruptionInfo>, report: AcReport) {
+        self.resume(exit);
         self.vcpu.step.insert(Step::WANTED);
         self.vcpu.stepped = Some(report);
         self.want_attention();
@@ -188,7 +218,7 @@ impl Loaded<'_> {
             Alone::Yes => {
                 self.vcpu.step.remove(Step::WANTED);
                 self.vcpu.step.insert(Step::SPLIT_LOCK);
-                self.set_primary(Primary::MONITOR_TRAP_FLAG, true);
+                self.set_monitor_trap();
                 self.want_attention();
                 Ok(())
             }
@@ -196,7 +226,8 @@ impl Loaded<'_> {
             Alone::Held => Err(Stop::Held),
             Alone::Again => {
                 self.give_up_step(host);
-                Ok(())
+                // Nothing of a guest that is traced is executed before it was looked at again.
+                if self.vcpu.step.contains(Step::TRACE) { Err(Stop::Slice) } else { Ok(()) }
             }
             Alone::Refused => Err(End::SplitLock.into()),
         }
@@ -215,8 +246,7 @@ impl Loaded<'_> {
         if self.vcpu.step.contains(Step::SPLIT_LOCK) {
             self.vcpu.step.remove(Step::SPLIT_LOCK);
             host.end_step().map_err(End::from)?;
-            let hole = self.vcpu.step.contains(Step::HOLE);
-            self.set_primary(Primary::MONITOR_TRAP_FLAG, hole);
+            self.set_monitor_trap();
             let rip = self.vmcs.read(GUEST_RIP);
             // A locked instruction never jumps. Its fault leads far away, or nowhere.
             let executed = self.vcpu.stepped.is_some_and(|report| {
@@ -240,20 +270,21 @@ impl Loaded<'_> {
     fn emulate(
         &mut self,
         host: &mut impl Host,
-        info: InterruptionInfo,
+        exit: Option<InterruptionInfo>,
         report: AcReport,
         fallback: Fallback,
     ) -> Handled {
         // In the delivery of an event, what split is not the instruction at RIP.
-        if InterruptionInfo(self.vmcs.read(IDT_VECTORING_INFO)).is_valid() {
-            return self.fall_back(host, info, report, fallback);
+        let delivers = || InterruptionInfo(self.vmcs.read(IDT_VECTORING_INFO)).is_valid();
+        if exit.is_some() && delivers() {
+            return self.fall_back(host, exit, report, fallback);
         }
         match host.stop_vm() {
             Alone::Yes => {}
             Alone::Refused => return Err(End::SplitLock.into()),
             Alone::Held | Alone::Again => {
                 self.report(host, report);
-                self.resume(info);
+                self.resume(exit);
                 return Err(Stop::Held);
             }
         }
@@ -264,10 +295,10 @@ impl Loaded<'_> {
             // By the tables as they are now. The CPU may go by what it remembers of them.
             Err(Refusal::Faults) => {
                 self.report(host, report);
-                self.resume(info);
+                self.resume(exit);
                 self.flush_tlb();
             }
-            Err(Refusal::Unknown) => return self.fall_back(host, info, report, fallback),
+            Err(Refusal::Unknown) => return self.fall_back(host, exit, report, fallback),
         }
         Ok(())
     }
@@ -276,13 +307,13 @@ impl Loaded<'_> {
     fn fall_back(
         &mut self,
         host: &mut impl Host,
-        info: InterruptionInfo,
+        exit: Option<InterruptionInfo>,
         report: AcReport,
         fallback: Fallback,
     ) -> Handled {
         match fallback {
             Fallback::Step => {
-                self.want_step(info, report);
+                self.want_step(exit, report);
                 Ok(())
             }
             Fallback::Kill => {
@@ -307,7 +338,17 @@ impl Loaded<'_> {
         Ok(())
     }
 
-    fn emulator_state(&self, rip: u64) -> State {
+    pub(crate) fn code_size(&self) -> CodeSize {
+        if self.in_64_bit_mode() {
+            CodeSize::Bits64
+        } else if self.vmcs.read(GUEST_CS_ACCESS_RIGHTS) & RIGHTS_DEFAULT_BIG != 0 {
+            CodeSize::Bits32
+        } else {
+            CodeSize::Bits16
+        }
+    }
+
+    pub(crate) fn emulator_state(&self, rip: u64) -> State {
         let mut registers = self.vcpu.state.registers;
         registers[RSP] = self.vmcs.read(GUEST_RSP);
         let mut segments = [Segment::default(); 6];
@@ -319,14 +360,7 @@ impl Loaded<'_> {
         let cr0 = self.vmcs.read(GUEST_CR0);
         let cr4 = self.vmcs.read(GUEST_CR4);
         let rflags = self.vmcs.read(GUEST_RFLAGS);
-        let [_, code, stack, ..] = segments;
-        let code = if self.in_64_bit_mode() {
-            CodeSize::Bits64
-        } else if code.rights & RIGHTS_DEFAULT_BIG != 0 {
-            CodeSize::Bits32
-        } else {
-            CodeSize::Bits16
-        };
+        let [_, _, stack, ..] = segments;
         let user = stack.rights >> 5 & 3 == 3;
         let (paging, pdptes) = self.paging();
         State {
@@ -334,7 +368,7 @@ impl Loaded<'_> {
             rip,
             rflags,
             segments,
-            code,
+            code: self.code_size(),
             protected: cr0 & CR0_PE != 0 && rflags & RFLAGS_VM == 0,
             paging,
             cr3: self.vmcs.read(GUEST_CR3),
@@ -343,6 +377,7 @@ impl Loaded<'_> {
                 user,
                 write_protect: cr0 & CR0_WP != 0,
                 smap: cr4 & CR4_SMAP != 0 && rflags & RFLAGS_AC == 0,
+                smep: cr4 & CR4_SMEP != 0,
                 execute_disable: self.vmcs.read(GUEST_IA32_EFER) & EFER_NXE != 0,
                 physical_bits: self.vcpu.cpuid.answer(0x8000_0008, 0).eax & 0xff,
             },

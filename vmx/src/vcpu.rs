@@ -168,7 +168,8 @@ pub struct Vcpu {
     pub(crate) apic: LocalApic,
     /// Whether it executes instructions.
     pub(crate) activity: Activity,
-    /// The next VM entry is for one instruction; nothing may end the turn before the exit after it.
+    /// The next VM entry is for one instruction; nothing may end the turn before the exit after it,
+    /// unless it is only traced.
     pub(crate) step: Step,
     /// The #AC for which there is, or is to be, a step.
     pub(crate) stepped: Option<AcReport>,
@@ -213,6 +214,12 @@ bitflags! {
         const SPLIT_LOCK = 1 << 1;
         /// It is to be switched off: the monitor trap flag is not on for that yet.
         const WANTED = 1 << 2;
+        /// Not that: every instruction is looked at before it is executed, and all are stepped.
+        const TRACE = 1 << 3;
+        /// For what the next VM entry is for one instruction.
+        const ONE = Self::HOLE.bits() | Self::SPLIT_LOCK.bits() | Self::WANTED.bits();
+        /// For what the monitor trap flag is on.
+        const TRAP = Self::HOLE.bits() | Self::SPLIT_LOCK.bits() | Self::TRACE.bits();
     }
 }
 

@@ -138,11 +138,11 @@ pub fn linear_address(
         let top = if rights & BIG != 0 { 0xffff_ffff } else { 0xffff };
         offset > limit.into() && last <= top
     } else {
-        last <= limit.into()
+        // With a limit of 4 GiB, an access across it may go on at offset 0: SDM volume 3, section
+        // "Limit Checking".
+        last <= limit.into() || limit == u32::MAX && offset <= limit.into()
     };
-    // An access that goes on at address 0 is left to the CPU.
-    let first = base.wrapping_add(offset) & 0xffff_ffff;
-    (inside && first + size as u64 <= 1 << 32).then_some(first)
+    inside.then_some(base.wrapping_add(offset) & 0xffff_ffff)
 }
 
 /// Size in bytes of the memory operand; 0 where it is not a plain integer.

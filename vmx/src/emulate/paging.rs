@@ -1,10 +1,11 @@
-//! Where the guest may write, by its own page tables, and the marks that it leaves in them.
+//! Where the guest may write and execute, by its own page tables, and the marks that a write leaves in
+//! them.
 //!
 //! Source: SDM volume 3, chapter "Paging", sections "Access Rights" and "Accessed and Dirty Flags".
 //! Protection keys are not offered to guests.
 
 use crate::addr::GuestPhysAddr;
-use crate::walk::{ADDRESS, GuestWrite, LARGE, PRESENT, Paging, entry32};
+use crate::walk::{ADDRESS, GuestRead, GuestWrite, LARGE, PRESENT, Paging, entry32};
 
 const WRITABLE: u64 = 1 << 1;
 const USER: u64 = 1 << 2;
@@ -21,6 +22,8 @@ pub struct Rights {
     pub write_protect: bool,
     /// CR4.SMAP, and EFLAGS.AC does not lift it.
     pub smap: bool,
+    /// CR4.SMEP.
+    pub smep: bool,
     /// IA32_EFER.NXE: without it, bit 63 of an entry is reserved.
     pub execute_disable: bool,
     /// How many bits a physical address of the guest has: those above are reserved.
@@ -48,22 +51,10 @@ pub fn translate_for_write(
     rights: Rights,
     linear: u64,
 ) -> Option<Writable> {
-    let mut way =
-        Way { memory, rights, entries: [(0, 0); 5], count: 0, permitted: WRITABLE | USER };
-    let gpa = match paging {
-        Paging::Off => linear & 0xffff_ffff,
-        Paging::Bits32 { page_size_extensions } => {
-            way.descend_32(cr3, page_size_extensions, linear)?
-        }
-        Paging::Pae => {
-            let pdpte = pdptes[(linear >> 30 & 3) as usize];
-            (pdpte & PRESENT != 0).then_some(())?;
-            way.descend(pdpte & ADDRESS, 1, linear)?
-        }
-        Paging::FourLevel => way.descend(cr3 & ADDRESS, 3, linear)?,
-    };
+    let mut way = Way::new(memory, rights);
+    let gpa = way.walk(paging, cr3, pdptes, linear)?;
     if paging != Paging::Off {
-        way.check()?;
+        way.check_write()?;
     }
     Some(Writable {
         gpa: GuestPhysAddr::new(gpa)?,
@@ -71,6 +62,19 @@ pub fn translate_for_write(
         count: way.count,
         entry_bytes: if matches!(paging, Paging::Bits32 { .. }) { 4 } else { 8 },
     })
+}
+
+/// Whether the guest may fetch an instruction's byte at `linear`, and the tables are all in its memory.
+pub fn may_fetch(
+    memory: &impl GuestRead,
+    paging: Paging,
+    cr3: u64,
+    pdptes: [u64; 4],
+    rights: Rights,
+    linear: u64,
+) -> bool {
+    let mut way = Way::new(memory, rights);
+    way.walk(paging, cr3, pdptes, linear).is_some() && (paging == Paging::Off || way.can_fetch())
 }
 
 impl Writable {
@@ -95,9 +99,31 @@ struct Way<'a, M> {
     count: usize,
     /// [`WRITABLE`] and [`USER`], as far as all entries give them.
     permitted: u64,
+    /// [`EXECUTE_DISABLE`], if any entry has it.
+    forbidden: u64,
 }
 
-impl<M: GuestWrite> Way<'_, M> {
+impl<'a, M: GuestRead> Way<'a, M> {
+    fn new(memory: &'a M, rights: Rights) -> Self {
+        let permitted = WRITABLE | USER;
+        Self { memory, rights, entries: [(0, 0); 5], count: 0, permitted, forbidden: 0 }
+    }
+
+    fn walk(&mut self, paging: Paging, cr3: u64, pdptes: [u64; 4], linear: u64) -> Option<u64> {
+        match paging {
+            Paging::Off => Some(linear & 0xffff_ffff),
+            Paging::Bits32 { page_size_extensions } => {
+                self.descend_32(cr3, page_size_extensions, linear)
+            }
+            Paging::Pae => {
+                let pdpte = pdptes[(linear >> 30 & 3) as usize];
+                (pdpte & PRESENT != 0).then_some(())?;
+                self.descend(pdpte & ADDRESS, 1, linear)
+            }
+            Paging::FourLevel => self.descend(cr3 & ADDRESS, 3, linear),
+        }
+    }
+
     fn descend(&mut self, root: u64, top: u32, linear: u64) -> Option<u64> {
         let mut table = root;
         for level in (0..=top).rev() {
@@ -151,13 +177,14 @@ impl<M: GuestWrite> Way<'_, M> {
             return None;
         }
         self.permitted &= entry;
+        self.forbidden |= entry & EXECUTE_DISABLE;
         self.entries[self.count] = (at, entry);
         self.count += 1;
         Some(())
     }
 
     /// Whether the tables allow a read and a write: SDM section "Determination of Access Rights".
-    fn check(&self) -> Option<()> {
+    fn check_write(&self) -> Option<()> {
         let Rights { user, write_protect, smap, .. } = self.rights;
         let user_page = self.permitted & USER != 0;
         if user && !user_page || !user && smap && user_page {
@@ -167,6 +194,13 @@ impl<M: GuestWrite> Way<'_, M> {
             return None;
         }
         Some(())
+    }
+
+    /// Whether they allow an instruction fetch.
+    fn can_fetch(&self) -> bool {
+        let Rights { user, smep, .. } = self.rights;
+        let user_page = self.permitted & USER != 0;
+        self.forbidden == 0 && if user { user_page } else { !(smep && user_page) }
     }
 }
 

@@ -179,6 +179,7 @@ fn state() -> State {
             user: false,
             write_protect: true,
             smap: false,
+            smep: false,
             execute_disable: true,
             physical_bits: 46,
         },
@@ -480,10 +481,13 @@ fn segments_are_added_and_their_limits_kept() {
     flat.segments[3] = data;
     flat.registers[3] = 0x3000;
     assert_eq!(changed(&mut flat, &[0xf0, 0xff, 0x03]), Ok(vec![0x3000]));
-    // Linear addresses wrap at 4 GiB, an access across that is left to the CPU.
+    // Linear addresses wrap at 4 GiB, also within an access: to the ones where no memory is, one is
+    // added, and carried to address 0.
     let top = Segment { base: 0xffff_f000, limit: u32::MAX, rights: 0xc093 };
     assert_eq!(run(top, 0x2000, Bits32, true), Ok(vec![0x1000]));
-    assert_eq!(run(top, 0xffe, Bits32, true), Err(Refusal::Faults));
+    assert_eq!(run(top, 0xffe, Bits32, true), Ok(vec![0]));
+    let flat = Segment { base: 0, ..top };
+    assert_eq!(run(flat, 0xffff_fffe, Bits32, true), Ok(vec![0]));
 }
 
 #[test]
