@@ -8,15 +8,16 @@ use core::fmt;
 use bootloader_api::config::Mapping;
 use bootloader_api::info::{MemoryRegionKind, Optional};
 use bootloader_api::{BootInfo, BootloaderConfig, entry_point};
-use sld::Detection;
+use sld::{Detection, Policy, Source};
 
 use crate::config::{AtEnd, Config};
 use crate::inbox::Message;
 use crate::percpu::{self, MAX_CPUS, PerCpu};
 use crate::ramdisk::{self, Ramdisk, RamdiskError};
-use crate::sched::{self, Policy};
+use crate::sched;
 use crate::screen::Screen;
 use crate::smp::BootCpu;
+use crate::source::Wishes;
 use crate::summary::{self, Ending};
 use crate::task::VcpuTask;
 use crate::vm::{Bitmaps, Factory, Vm};
@@ -105,21 +106,23 @@ fn run(
     let file = ramdisk.config().map_err(refuse)?;
     power::set_at_end(AtEnd::of_file(file));
     let config = Config::parse(file).map_err(refuse)?;
-    let policy = Policy {
+    let policy = sched::Policy {
         slice_ticks: config.slice_ticks,
         migrate_exits: config.migrate_exits,
         stop_after_loads: config.stop_after_loads,
         verify: config.verify,
     };
-    let mut boot = BootCpu::start(config.sld.mode(), policy).map_err(refuse)?;
+    let wishes = Wishes::of(&config);
+    let mut boot = BootCpu::start(wishes, policy).map_err(refuse)?;
     let bitmaps = Bitmaps::new().ok_or("no memory is left for bitmaps")?;
     let limit = config.cpus.map_or(MAX_CPUS, |cpus| cpus as usize);
     let page = memory::low_page(&info.memory_regions);
-    boot.start_others(&apic_ids, limit, page, (config.sld.mode(), policy));
-    say_boot(&boot, &config, firmware(info));
-    let host = sld::Host { configured: config.sld, enforced: boot.cpu.sld.mode() };
-    let factory = Factory { caps: &boot.caps, bitmaps, ramdisk, host };
-    let vms = make_vms(&factory, &config);
+    boot.start_others(&apic_ids, limit, page, (wishes, policy));
+    let domains = wishes.on(boot.detection, boot.cpu.sld.mode());
+    let source = domains.default_source();
+    say_boot(&boot, &config, source, firmware(info));
+    let factory = Factory { caps: &boot.caps, bitmaps, ramdisk, domains };
+    let vms = make_vms(&factory, &config, source);
     sched::set_vms(&vms);
     drop(vms);
     boot.run();
@@ -142,11 +145,7 @@ fn firmware(info: &BootInfo) -> &'static str {
 }
 
 /// Says what has come up.
-fn say_boot(boot: &BootCpu, config: &Config, firmware: &str) {
-    let source = match boot.detection {
-        Detection::Works => "msr",
-        Detection::Absent | Detection::Failed(_) => "none",
-    };
+fn say_boot(boot: &BootCpu, config: &Config, source: Source, firmware: &str) {
     let cpus = percpu::online().count_ones();
     events::write(boot.boot, "boot", |json| {
         json.text("version", env!("CARGO_PKG_VERSION"))?;
@@ -155,28 +154,26 @@ fn say_boot(boot: &BootCpu, config: &Config, firmware: &str) {
         json.text("sld_source", source)?;
         json.text("firmware", firmware)
     });
-    summary::host(summary::Host { cpus, mode: config.sld, detection: boot.detection });
+    summary::host(summary::Host { cpus, mode: config.sld, source, detection: boot.detection });
     if cpus > 1 {
         log::info!("{cpus} CPUs");
     }
-    match boot.detection {
-        Detection::Works => log::info!("split-lock detection: mode {}", config.sld),
-        Detection::Failed(failure) => {
-            log::error!("CPU 0: split-lock detection does not work: {failure}");
-        }
-        Detection::Absent if config.sld == sld::Policy::Off => {
-            log::info!("split-lock detection: off")
-        }
-        Detection::Absent => log::warn!(
-            "this CPU has no split-lock detection: guests' split locks happen unseen, mode {} is \
-             without effect",
+    if let Detection::Failed(failure) = boot.detection {
+        log::error!("CPU 0: split-lock detection does not work: {failure}");
+    }
+    match source {
+        Source::Trace => log::info!("split-lock detection: mode {}, by tracing", config.sld),
+        Source::None if config.sld == Policy::Off => log::info!("split-lock detection: off"),
+        Source::None => log::warn!(
+            "no split-lock detection: guests' split locks happen unseen, mode {} is without effect",
             config.sld
         ),
+        Source::Auto | Source::Msr => log::info!("split-lock detection: mode {}", config.sld),
     }
 }
 
 /// Makes the VMs and gives each vCPU to the CPU that has the least to do.
-fn make_vms(factory: &Factory<'_>, config: &Config) -> Vec<Arc<Vm>> {
+fn make_vms(factory: &Factory<'_>, config: &Config, usual: Source) -> Vec<Arc<Vm>> {
     let mut loads = [0; MAX_CPUS];
     let mut vms = Vec::with_capacity(config.vms.len());
     let mut vcpus = 0;
@@ -185,10 +182,17 @@ fn make_vms(factory: &Factory<'_>, config: &Config) -> Vec<Arc<Vm>> {
         match factory.build(vm_config, vcpus) {
             Ok((vm, tasks)) => {
                 let bytes = vm.memory.len();
-                log::info!("VM {name}: {} MiB, policy {}", bytes >> 20, vm.policy.policy());
+                let policy = vm.policy.policy();
+                if vm.source == usual {
+                    log::info!("VM {name}: {} MiB, policy {policy}", bytes >> 20);
+                } else {
+                    let source = vm.source;
+                    log::info!("VM {name}: {} MiB, policy {policy}, source {source}", bytes >> 20);
+                }
                 events::write(percpu::stamp(), "vm-start", |json| {
                     json.text("vm", name)?;
-                    json.text("policy", vm.policy.policy())?;
+                    json.text("policy", policy)?;
+                    json.text("source", vm.source)?;
                     json.flag("exposed", vm.policy.exposed())?;
                     json.number("vcpus", vm.placement.vcpus)?;
                     json.number("weight", vm.placement.weight)?;

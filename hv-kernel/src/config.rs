@@ -8,7 +8,7 @@ use core::fmt;
 use core::ops::RangeInclusive;
 
 use serde::Deserialize;
-use sld::Policy;
+use sld::{Policy, Source};
 use vmx::fields::GuestField;
 use vmx::vcpu::MAX_OVERRIDES;
 
@@ -70,6 +70,9 @@ pub struct Config {
     /// What is done when a guest splits a lock; the host's mode follows from it.
     #[serde(deserialize_with = "policy")]
     pub sld: Policy,
+    /// Where split locks of VMs that say nothing are detected.
+    #[serde(default, deserialize_with = "source")]
+    pub source: Source,
     /// How long a vCPU runs before the next one's turn, in ticks of the TSC.
     #[serde(default = "default_slice")]
     pub slice_ticks: u64,
@@ -120,6 +123,9 @@ pub struct VmConfig {
     /// What is done when this guest splits a lock; as in all others if absent.
     #[serde(default, deserialize_with = "optional_policy")]
     pub policy: Option<Policy>,
+    /// Where its split locks are detected; as those of all others if absent.
+    #[serde(default, deserialize_with = "optional_source")]
+    pub source: Option<Source>,
     /// The VM is ended once one of its vCPUs has run for this many ticks of the TSC; never if absent.
     #[serde(default)]
     pub limit_ticks: Option<u64>,
@@ -153,6 +159,18 @@ where
     D: serde::Deserializer<'de>,
 {
     policy(deserializer).map(Some)
+}
+
+fn source<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Source, D::Error> {
+    let text = String::deserialize(deserializer)?;
+    text.parse().map_err(|error| serde::de::Error::custom(format!("{error}, not `{text}`")))
+}
+
+fn optional_source<'de, D>(deserializer: D) -> Result<Option<Source>, D::Error>
+where
+    D: serde::Deserializer<'de>,
+{
+    source(deserializer).map(Some)
 }
 
 fn at_end<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<AtEnd, D::Error> {
@@ -393,6 +411,16 @@ mod tests {
     fn defaults() {
         let config = Config::parse(format!("sld = \"warn\"\n{VM}").as_bytes()).unwrap();
         assert!(!config.vms[0].expose_sld && config.vms[0].policy.is_none());
+        assert_eq!((config.source, config.vms[0].source), (Source::Auto, None));
+    }
+
+    #[test]
+    fn sources() {
+        let text = format!("sld = \"warn\"\nsource = \"none\"\n{VM}source = \"trace\"\n");
+        let config = Config::parse(text.as_bytes()).unwrap();
+        assert_eq!((config.source, config.vms[0].source), (Source::None, Some(Source::Trace)));
+        let wrong = error(&format!("sld = \"warn\"\n{VM}source = \"mtf\"\n"));
+        assert!(wrong.contains("line 6") && wrong.contains("use auto, msr, trace or none"));
     }
 
     #[test]

@@ -31,6 +31,8 @@ pub enum Event {
     },
     /// The real bit was written.
     RealBit(RealBit),
+    /// The software's bit was: tracing begins or ends.
+    TraceBit(RealBit),
 }
 
 /// Where and when something happened.
@@ -162,6 +164,7 @@ impl Record {
                 Event::Ac(_) => "ac",
                 Event::TestCtrlWrite { .. } => "test-ctrl-write",
                 Event::RealBit(_) => "real-bit",
+                Event::TraceBit(_) => "trace-bit",
             },
         )?;
         if let Some((vm, vcpu)) = self.subject {
@@ -183,7 +186,7 @@ impl Record {
                 json.address("value", value)?;
                 json.text("result", result)
             }
-            Event::RealBit(RealBit { on, why }) => {
+            Event::RealBit(RealBit { on, why }) | Event::TraceBit(RealBit { on, why }) => {
                 json.flag("on", on)?;
                 json.text("why", why)
             }
@@ -312,6 +315,10 @@ mod tests {
         assert_eq!(
             written(None, Event::RealBit(RealBit { on: true, why: Why::Boot })),
             r#"{"event":"real-bit","on":true,"why":"boot"}"#
+        );
+        assert_eq!(
+            written(Some(("a", 1)), Event::TraceBit(RealBit { on: false, why: Why::Warn })),
+            r#"{"event":"trace-bit","vm":"a","vcpu":1,"on":false,"why":"warn"}"#
         );
         assert_eq!(
             written(

@@ -26,6 +26,7 @@ mod ramdisk;
 mod runqueue;
 mod screen;
 mod serial;
+mod source;
 mod summary;
 mod trail;
 mod wake;

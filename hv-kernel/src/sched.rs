@@ -13,7 +13,10 @@ use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
-use sld::{PreemptionDisabled, RealBit, Task, ThisCpu, Violation, Written};
+use sld::{
+    MsrFault, PreemptionDisabled, RealBit, SoftwareTestCtrl, Task, TestCtrl, ThisCpu, Violation,
+    Written,
+};
 use spin::{Mutex, Once};
 use vmx::instruction::now;
 use vmx::run::End;
@@ -59,27 +62,79 @@ const MAX_LAG_SLICES: u64 = 3;
 /// the time of those whom they interrupt.
 const WAKE_TICKS: u64 = 5_000;
 
-/// This CPU's split-lock detection.
+/// A CPU's split-lock detection: its own, or the software's that stands for it.
 pub struct SldCpu {
     cpu: sld::Cpu,
-    core: &'static Core,
-    hardware: TestCtrlMsr,
+    core: &'static sld::Core,
+    hardware: Hardware,
+}
+
+/// What has bit 29 of 0x33.
+pub enum Hardware {
+    /// The CPU.
+    Msr(TestCtrlMsr),
+    /// Who traces the guest.
+    Software(SoftwareTestCtrl),
+}
+
+impl Hardware {
+    fn any(&mut self) -> &mut dyn TestCtrl {
+        match self {
+            Self::Msr(msr) => msr,
+            Self::Software(software) => software,
+        }
+    }
+}
+
+impl TestCtrl for Hardware {
+    fn cpuid(&mut self, leaf: u32, subleaf: u32) -> [u32; 4] {
+        self.any().cpuid(leaf, subleaf)
+    }
+
+    fn read_core_capabilities(&mut self) -> Result<u64, MsrFault> {
+        self.any().read_core_capabilities()
+    }
+
+    fn read_test_ctrl(&mut self) -> Result<u64, MsrFault> {
+        self.any().read_test_ctrl()
+    }
+
+    #[inline]
+    fn write_test_ctrl(&mut self, value: u64) -> Result<(), MsrFault> {
+        match self {
+            Self::Msr(msr) => msr.write_test_ctrl(value),
+            Self::Software(software) => software.write_test_ctrl(value),
+        }
+    }
 }
 
 /// The hypervisor runs with interrupts off and switches tasks only where this module says so:
 /// whoever holds the CPU's data is neither preempted nor migrated. NMI handlers do not touch it.
 impl PreemptionDisabled for SldCpu {
-    type Hardware = TestCtrlMsr;
+    type Hardware = Hardware;
 
-    fn this_cpu(&mut self) -> ThisCpu<'_, TestCtrlMsr> {
-        ThisCpu { cpu: &mut self.cpu, core: &self.core.sld, hardware: &mut self.hardware }
+    fn this_cpu(&mut self) -> ThisCpu<'_, Hardware> {
+        ThisCpu { cpu: &mut self.cpu, core: self.core, hardware: &mut self.hardware }
     }
 }
 
 impl SldCpu {
-    /// A CPU that is not online.
-    pub const fn new(core: &'static Core) -> Self {
-        Self { cpu: sld::Cpu::new(), core, hardware: TestCtrlMsr }
+    /// The detection of a CPU of this core that is not online.
+    pub const fn real(core: &'static Core) -> Self {
+        Self { cpu: sld::Cpu::new(), core: &core.sld, hardware: Hardware::Msr(TestCtrlMsr) }
+    }
+
+    /// The software's for a CPU that is not online: no other CPU has a part in it.
+    pub fn software() -> Self {
+        let core = Box::leak(Box::new(sld::Core::new()));
+        let hardware = Hardware::Software(SoftwareTestCtrl::new());
+        Self { cpu: sld::Cpu::new(), core, hardware }
+    }
+
+    /// Whether it is the software's, and its bit is on.
+    #[inline]
+    pub const fn traces(&self) -> bool {
+        matches!(&self.hardware, Hardware::Software(software) if software.is_on())
     }
 
     /// The mode that this CPU enforces.
@@ -105,8 +160,10 @@ pub struct Policy {
 pub struct Cpu {
     /// The part that others see.
     pub shared: &'static PerCpu,
-    /// Split-lock detection.
+    /// Its own split-lock detection.
     pub sld: SldCpu,
+    /// The software's, by which VMs are traced.
+    pub tracer: SldCpu,
     /// What VM exits load.
     pub host: HostState,
     apic: LocalApic,
@@ -139,6 +196,7 @@ impl Cpu {
         Self {
             shared,
             sld,
+            tracer: SldCpu::software(),
             host,
             apic,
             policy,
@@ -437,12 +495,18 @@ impl Cpu {
     pub fn switch_to(&mut self, thread: Option<&mut Thread>) {
         match thread {
             Some(thread) => {
-                let written = sld::task_switch(&mut self.sld, &thread.sld);
+                let written = sld::task_switch(&mut self.sld, thread.real_task());
                 if self.report(written).is_some_and(|real_bit| {
                     thread.push(self.shared, Event::RealBit(real_bit));
                     true
                 }) {
                     thread.counters.real_bit_writes += 1;
+                }
+                if thread.is_traced() {
+                    let written = sld::task_switch(&mut self.tracer, &thread.sld);
+                    if let Some(bit) = self.report(written) {
+                        thread.push(self.shared, Event::TraceBit(bit));
+                    }
                 }
                 self.verify("switch", Some(thread));
             }
@@ -468,6 +532,26 @@ impl Cpu {
         }
     }
 
+    /// VMs may be traced here from now on, if there is a mode for that.
+    pub fn start_tracing(&mut self, mode: Option<sld::SldMode>) {
+        if let Some(mode) = mode {
+            let online = sld::online(&mut self.tracer, mode);
+            self.note_tracer(Ok(online.real_bit));
+        }
+    }
+
+    /// No VM is any more.
+    pub fn stop_tracing(&mut self) {
+        let written = sld::offline(&mut self.tracer);
+        self.note_tracer(written);
+    }
+
+    fn note_tracer(&mut self, written: Written) {
+        if let Some(bit) = self.report(written) {
+            self.ring.push(percpu::stamp(), None, Event::TraceBit(bit));
+        }
+    }
+
     /// Writes the CPU's own events out.
     pub fn write_events(&mut self) {
         self.ring.write_all();
@@ -477,8 +561,13 @@ impl Cpu {
     #[inline]
     pub fn verify(&mut self, when: &str, thread: Option<&Thread>) {
         if self.policy.verify {
-            let task = thread.map_or(&self.idle, |thread| &thread.sld);
+            let task = thread.map_or(&self.idle, Thread::real_task);
             if let Err(violation) = sld::verify(&mut self.sld, task) {
+                self.violated(when, violation);
+            }
+            if let Some(thread) = thread.filter(|thread| thread.is_traced())
+                && let Err(violation) = sld::verify(&mut self.tracer, &thread.sld)
+            {
                 self.violated(when, violation);
             }
         }

@@ -8,7 +8,7 @@ use core::fmt;
 use core::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 
 use raw_cpuid::{CpuId, CpuIdReaderNative, TopologyType};
-use sld::{Detection, Online, SldMode};
+use sld::{Detection, Online};
 use spin::Once;
 use vmx::addr::HostPhysAddr;
 use vmx::capability::Capabilities;
@@ -25,6 +25,7 @@ use crate::machine_check::Report;
 use crate::mtrr::Mtrrs;
 use crate::percpu::{self, Core, MAX_CPUS, PerCpu};
 use crate::sched::{Cpu, Policy, SldCpu};
+use crate::source::Wishes;
 use crate::vm::MAX_VCPUS;
 use crate::x86::apic::LocalApic;
 use crate::x86::cpu::{self, NoVmx, Vmx};
@@ -41,7 +42,7 @@ struct Common {
     caps: Capabilities,
     cpuid: CpuidTable,
     detection: Detection,
-    mode: SldMode,
+    wishes: Wishes,
     policy: Policy,
     /// MTRRs. They may differ, if the firmware has made a mistake.
     mtrrs: Option<Mtrrs>,
@@ -135,7 +136,7 @@ impl BootCpu {
     /// # Errors
     ///
     /// [`NoVmx`].
-    pub fn start(mode: SldMode, policy: Policy) -> Result<Self, NoVmx> {
+    pub fn start(wishes: Wishes, policy: Policy) -> Result<Self, NoVmx> {
         let (segments, idt) = cpu::initialize().ok_or(NoVmx::OutOfMemory)?;
         let left_over = mca::start(true);
         let apic = LocalApic::start();
@@ -145,11 +146,12 @@ impl BootCpu {
         tell_left_over(shared, left_over);
         let vmx = cpu::enter_vmx(shared, &segments, idt)?;
         let boot = percpu::stamp();
-        let mut sld = SldCpu::new(shared.core);
-        let Online { detection, real_bit } = sld::online(&mut sld, mode);
+        let mut sld = SldCpu::real(shared.core);
+        let Online { detection, real_bit } = sld::online(&mut sld, wishes.real_mode());
         hardware::tell_detection(detection);
         let mut cpu = Cpu::new(shared, sld, vmx.host, apic, policy);
         cpu.note(Ok(real_bit));
+        cpu.start_tracing(wishes.software_mode(detection));
         cpu.write_events();
         say_online(shared);
         Ok(Self { cpu, caps: vmx.caps, detection, boot, vmx, cores, others: 0 })
@@ -162,7 +164,7 @@ impl BootCpu {
         apic_ids: &[u32],
         limit: usize,
         page: Option<HostPhysAddr>,
-        (mode, policy): (SldMode, Policy),
+        (wishes, policy): (Wishes, Policy),
     ) {
         let own = self.cpu.shared.apic_id;
         let limit = limit.min(MAX_CPUS);
@@ -184,7 +186,7 @@ impl BootCpu {
             caps: self.caps,
             cpuid: visible_cpuid(),
             detection: self.detection,
-            mode,
+            wishes,
             policy,
             mtrrs: cpu::mtrrs(),
             tsc_adjust: cpu::tsc_adjust(),
@@ -361,8 +363,8 @@ fn come_online(shared: &'static PerCpu, common: &'static Common) -> Result<(Cpu,
         vmx.leave();
         return Err(LeftOut::OtherVmx(number));
     }
-    let mut sld = SldCpu::new(shared.core);
-    let Online { detection, real_bit } = sld::online(&mut sld, common.mode);
+    let mut sld = SldCpu::real(shared.core);
+    let Online { detection, real_bit } = sld::online(&mut sld, common.wishes.real_mode());
     if detection != common.detection {
         // It is online with what it has: back to what it was.
         let _ = sld::offline(&mut sld);
@@ -371,6 +373,7 @@ fn come_online(shared: &'static PerCpu, common: &'static Common) -> Result<(Cpu,
     }
     let mut cpu = Cpu::new(shared, sld, vmx.host, apic, common.policy);
     cpu.note(Ok(real_bit));
+    cpu.start_tracing(common.wishes.software_mode(detection));
     cpu.write_events();
     Ok((cpu, vmx))
 }
@@ -379,6 +382,7 @@ fn come_online(shared: &'static PerCpu, common: &'static Common) -> Result<(Cpu,
 fn leave(cpu: &mut Cpu, vmx: Vmx) {
     let written = sld::offline(&mut cpu.sld);
     cpu.note(written);
+    cpu.stop_tracing();
     cpu.write_events();
     mca::poll(cpu.shared);
     cpu.shared.set_offline();

@@ -4,7 +4,7 @@ use core::fmt::{self, Write};
 
 use arrayvec::{ArrayString, ArrayVec};
 use raw_cpuid::{CpuId, CpuIdReaderNative};
-use sld::{Detection, Policy};
+use sld::{Detection, Policy, Source};
 use spin::Mutex;
 use vmx::split_lock::AcOutcome;
 
@@ -37,6 +37,8 @@ pub struct Host {
     pub cpus: u32,
     /// What the operator wants.
     pub mode: Policy,
+    /// Where the split locks of VMs that say nothing are detected.
+    pub source: Source,
     /// What the CPUs can do.
     pub detection: Detection,
 }
@@ -269,7 +271,14 @@ fn advice(page: &mut Page<impl Paper>, at_end: AtEnd, is_kept: bool) {
 impl Host {
     fn detection_text(self) -> (Colour, Short<MAX_LINE>) {
         let mode = self.mode;
+        if self.source == Source::Trace && mode != Policy::Off {
+            return (Colour::Good, Short::of(format_args!("by tracing, mode {mode}")));
+        }
         match self.detection {
+            Detection::Works if self.source == Source::None && mode != Policy::Off => (
+                Colour::Warning,
+                Short::of(format_args!("none (source none): split locks happen unseen")),
+            ),
             Detection::Works if mode == Policy::Off => {
                 (Colour::Text, Short::of(format_args!("by the CPU, switched off (mode off)")))
             }
@@ -571,7 +580,12 @@ mod tests {
         }
         for rows in [10, 25, 48, 80] {
             let mut sheet = Sheet::new(80, rows);
-            run.host = Some(Host { cpus: 4, mode: Policy::Warn, detection: Detection::Absent });
+            run.host = Some(Host {
+                cpus: 4,
+                mode: Policy::Warn,
+                source: Source::None,
+                detection: Detection::Absent,
+            });
             run.page(&mut Page::new(&mut sheet), FINISHED, AtEnd::Stay, true);
             // The title is above.
             let lines = sheet.text.lines().count() + 1;

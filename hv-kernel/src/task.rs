@@ -6,7 +6,9 @@ use alloc::sync::Arc;
 use core::mem;
 use core::sync::atomic::{AtomicU32, Ordering};
 
-use sld::{MsrFault, MsrWrite, PerSecond, RealBit, Task, Written};
+use sld::{
+    AcContext, MsrFault, MsrWrite, PerSecond, RealBit, SldMode, Task, Verdict, VmPolicy, Written,
+};
 use vmx::addr::{GuestPhysAddr, HostPhysAddr};
 use vmx::apic::Ipi;
 use vmx::checks::Finding;
@@ -55,8 +57,10 @@ pub struct Thread {
     pub index: u32,
     /// Its number among all vCPUs.
     pub id: u16,
-    /// Split-lock detection's view of it.
+    /// Split-lock detection's view of it: of that which its VM's split locks are detected by.
     pub sld: Task,
+    /// That of the CPUs' own detection, if this is another one.
+    aside: Option<Aside>,
     /// Its events that are not written out.
     ring: Ring,
     /// What it has counted.
@@ -77,6 +81,12 @@ pub struct Thread {
     pub exits_on_arrival: u64,
 }
 
+/// What the task of a VM that is traced is to the CPUs' own detection.
+struct Aside {
+    policy: VmPolicy,
+    task: Task,
+}
+
 /// What a task's next turn is for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Next {
@@ -92,20 +102,24 @@ pub enum Next {
 }
 
 impl VcpuTask {
-    /// The task of the vCPU `index` of `vm`, which may run for `ticks`. `region` is its VMCS.
+    /// The task of the vCPU `index` of `vm`, which may run for `ticks`. `region` is its VMCS; `aside` is
+    /// what its VM is to the CPUs' own detection, if it is traced.
     pub fn new(
         vm: Arc<Vm>,
         index: u32,
         id: u16,
         (vcpu, region): (Box<Vcpu>, HostPhysAddr),
         ticks: u64,
+        aside: Option<VmPolicy>,
     ) -> Self {
         let policy = vm.policy;
+        let number = u32::from(id) + 1;
         let thread = Thread {
             vm,
             index,
             id,
-            sld: Task::of_vcpu(u32::from(id) + 1, policy),
+            sld: Task::of_vcpu(number, policy),
+            aside: aside.map(|policy| Aside { policy, task: Task::of_vcpu(number, policy) }),
             ring: Ring::new(),
             counters: Counters::new(),
             vruntime: 0,
@@ -170,6 +184,18 @@ impl Thread {
     /// Its VM's name and its index, for events.
     pub fn subject(&self) -> Subject {
         (self.vm.name, self.index)
+    }
+
+    /// Whether its VM is traced, if its policy wants that.
+    #[inline]
+    pub fn is_traced(&self) -> bool {
+        self.aside.is_some()
+    }
+
+    /// The CPUs' own detection's view of it.
+    #[inline]
+    pub fn real_task(&self) -> &Task {
+        self.aside.as_ref().map_or(&self.sld, |aside| &aside.task)
     }
 
     /// It has run, or waited for its timer, for so many ticks of what it may.
@@ -252,9 +278,10 @@ impl Cpu {
             }
             Ok(mut loaded) => {
                 let mut stop = Stop::End(End::PlatformFault);
-                let written = loaded.load_sld(&mut self.sld, &mut thread.sld);
+                let (pinned, task) = self.detection_of(thread);
+                let written = loaded.load_sld(pinned, task);
                 let mut running = Running { cpu: self, thread, in_gate: true, fresh: true };
-                running.note(written);
+                running.note_own(written);
                 running.verify("load");
                 // A faulting MSR 0x33 would leave the guest with a detection that it did not ask
                 // for.
@@ -276,10 +303,11 @@ impl Cpu {
                     running.cpu.publish(running.thread, used);
                 }
                 let Running { cpu, thread, in_gate, .. } = running;
-                let written = loaded.put_sld(&mut cpu.sld, &mut thread.sld);
+                let (pinned, task) = cpu.detection_of(thread);
+                let written = loaded.put_sld(pinned, task);
                 loaded.put();
                 let mut running = Running { cpu, thread, in_gate, fresh: false };
-                running.note(written);
+                running.note_own(written);
                 running.verify("put");
                 if running.in_gate {
                     vm.gate.leave(running.thread.index);
@@ -290,6 +318,13 @@ impl Cpu {
         self.leave_core();
         slot.whereabouts.set_queued();
         self.after(thread, stop);
+    }
+
+    /// What the split locks of this task's VM are detected by, and the task's part in that.
+    #[inline(always)]
+    fn detection_of<'a>(&'a mut self, thread: &'a mut Thread) -> (&'a mut SldCpu, &'a mut Task) {
+        let pinned = if thread.is_traced() { &mut self.tracer } else { &mut self.sld };
+        (pinned, &mut thread.sld)
     }
 
     /// What the guest loop returned decides what the task's next turn is for.
@@ -372,6 +407,17 @@ impl Running<'_> {
         }
     }
 
+    /// Records what an operation of `sld` did to the bit that this VM's split locks are detected by.
+    #[inline(always)]
+    fn note_own(&mut self, written: Written) {
+        match written {
+            Ok(Some(bit)) if self.thread.is_traced() => {
+                self.thread.push(self.cpu.shared, Event::TraceBit(bit));
+            }
+            written => self.note(written),
+        }
+    }
+
     fn verify(&mut self, when: &str) {
         self.cpu.verify(when, Some(self.thread));
     }
@@ -395,7 +441,19 @@ impl Host for Running<'_> {
     type Memory = GuestMemory;
 
     fn sld(&mut self) -> (&mut SldCpu, &mut Task) {
-        (&mut self.cpu.sld, &mut self.thread.sld)
+        self.cpu.detection_of(self.thread)
+    }
+
+    #[inline(always)]
+    fn traces(&self) -> bool {
+        self.thread.is_traced() && self.cpu.tracer.traces()
+    }
+
+    #[inline(always)]
+    fn real_ac(&mut self, context: AcContext) -> Option<Result<Verdict, MsrFault>> {
+        let Aside { policy, task } = self.thread.aside.as_mut()?;
+        // Its guest has no say here, and nothing is kept from one #AC to the next.
+        Some(sld::Vcpu::new(*policy).on_ac(&mut self.cpu.sld, task, context))
     }
 
     fn memory(&self) -> &GuestMemory {
@@ -507,6 +565,10 @@ impl Host for Running<'_> {
 
     fn begin_step(&mut self) -> Result<Alone, MsrFault> {
         let cpu = self.cpu.shared;
+        // Nothing is to be switched off.
+        if self.cpu.sld.mode() == SldMode::Off {
+            return Ok(Alone::Yes);
+        }
         let vm = self.thread.vm.clone();
         let me = self.thread.index;
         let Some(siblings) = cpu.core.gate.close(cpu.thread) else {
@@ -543,6 +605,9 @@ impl Host for Running<'_> {
     }
 
     fn end_step(&mut self) -> Result<(), MsrFault> {
+        if self.cpu.sld.mode() == SldMode::Off {
+            return Ok(());
+        }
         let written = sld::step_end(&mut self.cpu.sld);
         self.note(written);
         // Those that were held look again and again: nobody is to be woken.
@@ -565,7 +630,7 @@ impl Host for Running<'_> {
     }
 
     fn on_real_bit(&mut self, written: RealBit) {
-        self.note(Ok(Some(written)));
+        self.note_own(Ok(Some(written)));
     }
 
     #[inline(always)]

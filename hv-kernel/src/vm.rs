@@ -9,7 +9,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use arrayvec::ArrayVec;
 use raw_cpuid::CpuIdReaderNative;
-use sld::{PerSecond, PolicyError, RateLimiter, VmPolicy};
+use sld::{PerSecond, RateLimiter, Source, VmPolicy};
 use spin::{Mutex, Once};
 use vmx::addr::{GuestPhysAddr, HostPhysAddr};
 use vmx::bitmap::{IO_ALL_EXIT, MsrBitmap};
@@ -37,6 +37,7 @@ use crate::memory::{self, Tables};
 use crate::percpu;
 use crate::pvh::{self, ImageError};
 use crate::ramdisk::Ramdisk;
+use crate::source::{Domains, Given, NotGiven};
 use crate::task::VcpuTask;
 use crate::wake::{Notify, Whereabouts};
 use crate::x86::apic::LocalApic;
@@ -81,8 +82,8 @@ pub enum StartError {
     Placement(PlacementError),
     /// Too many vCPUs of other VMs.
     TooManyVcpus,
-    /// The policy does not go with the host's mode.
-    Policy(PolicyError),
+    /// What it wants of split-lock detection is not to be had.
+    Detection(NotGiven),
     /// Memory is short.
     OutOfMemory {
         /// What the VM is to have, in bytes.
@@ -103,7 +104,7 @@ impl fmt::Display for StartError {
             Self::TooManyVcpus => {
                 write!(f, "all VMs together have {MAX_VCPUS} vCPUs at most; run fewer")
             }
-            Self::Policy(error) => error.fmt(f),
+            Self::Detection(error) => error.fmt(f),
             Self::OutOfMemory { wanted, free } => write!(
                 f,
                 "too little memory: the VM is to have {} MiB, {} MiB are free; lower its \
@@ -202,6 +203,8 @@ pub struct Vm {
     pub name: &'static str,
     /// What it gets of split-lock detection.
     pub policy: VmPolicy,
+    /// Where its split locks are detected.
+    pub source: Source,
     /// How many vCPUs, how important, and on which CPUs.
     pub placement: Placement,
     /// Its memory.
@@ -409,8 +412,8 @@ pub struct Factory<'a> {
     pub bitmaps: Bitmaps,
     /// The images.
     pub ramdisk: Ramdisk<'a>,
-    /// The host's split-lock detection.
-    pub host: sld::Host,
+    /// Split-lock detection for VMs.
+    pub domains: Domains,
 }
 
 impl Factory<'_> {
@@ -430,8 +433,8 @@ impl Factory<'_> {
         // VPIDs are numbers plus 1.
         let ids = u16::try_from(first).ok().zip(u16::try_from(end).ok());
         let (first, end) = ids.filter(|_| end <= MAX_VCPUS).ok_or(StartError::TooManyVcpus)?;
-        let policy = VmPolicy::new(self.host, config.policy, config.expose_sld)
-            .map_err(StartError::Policy)?;
+        let Given { source, policy, aside } =
+            self.domains.give(config).map_err(StartError::Detection)?;
         let image = self
             .ramdisk
             .file(&config.image)
@@ -454,6 +457,7 @@ impl Factory<'_> {
         let mut vm = Vm {
             name: Box::leak(config.name.to_string().into_boxed_str()),
             policy,
+            source,
             placement,
             memory: guest_memory,
             devices: Mutex::new(Devices::new()),
@@ -482,7 +486,7 @@ impl Factory<'_> {
         let tasks = (0..count).zip(first..).map(|(index, id)| {
             let vcpu = self.vcpu(config, &vm, (index, id), entry, eptp).ok_or_else(short)?;
             let ticks = config.limit_ticks.unwrap_or(u64::MAX);
-            Ok(VcpuTask::new(vm.clone(), index, id, vcpu, ticks))
+            Ok(VcpuTask::new(vm.clone(), index, id, vcpu, ticks, aside))
         });
         let tasks = tasks.collect::<Result<_, _>>()?;
         Ok((vm, tasks))

@@ -119,8 +119,7 @@ impl Locked {
     /// [`Refusal::Faults`] where its operand cannot be accessed, whatever the page tables say.
     pub fn decode(state: &State, bytes: &[u8]) -> Result<Self, Refusal> {
         let options = DecoderOptions::NONE;
-        let instruction =
-            Decoder::with_ip(state.code.bits(), bytes, state.rip, options).decode();
+        let instruction = Decoder::with_ip(state.code.bits(), bytes, state.rip, options).decode();
         if instruction.is_invalid() || instruction.op0_kind() != OpKind::Memory {
             return Err(Refusal::Unknown);
         }

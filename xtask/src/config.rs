@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
 use serde::{Deserialize, Serialize, Serializer};
-pub use sld::Policy;
+pub use sld::{Policy, Source as SldSource};
 
 use crate::guests::{self, GUESTS};
 
@@ -28,6 +28,9 @@ pub struct HvConfig {
     /// The policy of VMs that say nothing.
     #[serde(serialize_with = "as_text")]
     pub sld: Policy,
+    /// Where split locks of VMs that say nothing are detected; `auto` without it.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "as_text_if_any")]
+    pub source: Option<SldSource>,
     /// What the machine does at the end; it stays on without it.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub at_end: Option<AtEnd>,
@@ -74,6 +77,9 @@ pub struct Vm {
     /// Another policy than the host's.
     #[serde(skip_serializing_if = "Option::is_none", serialize_with = "as_text_if_any")]
     pub policy: Option<Policy>,
+    /// Where its split locks are detected, if not as those of all others.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "as_text_if_any")]
+    pub source: Option<SldSource>,
     /// After how many ticks of the time-stamp counter it is ended.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub limit_ticks: Option<u64>,
@@ -98,11 +104,11 @@ pub(crate) fn as_text<S: Serializer>(
 }
 
 fn as_text_if_any<S: Serializer>(
-    policy: &Option<Policy>,
+    value: &Option<impl Display>,
     serializer: S,
 ) -> Result<S::Ok, S::Error> {
-    match policy {
-        Some(policy) => as_text(policy, serializer),
+    match value {
+        Some(value) => as_text(value, serializer),
         None => serializer.serialize_none(),
     }
 }
@@ -165,6 +171,7 @@ impl Default for Vm {
             cpus: None,
             expose_sld: false,
             policy: None,
+            source: None,
             limit_ticks: None,
             cmdline: String::new(),
         }
@@ -177,6 +184,7 @@ impl HvConfig {
     pub fn new(sld: Policy, vms: Vec<Vm>) -> Self {
         Self {
             sld,
+            source: None,
             at_end: Some(AtEnd::PowerOff),
             slice_ticks: None,
             cpus: None,
@@ -269,6 +277,14 @@ const HOST_KEYS: &[Key] = &[
         ],
     },
     Key {
+        name: "source",
+        example: "\"auto\"",
+        meaning: &[
+            "Who detects split locks. msr: the CPU. trace: the hypervisor, which looks at each",
+            "instruction first; slow, on every CPU. auto: the CPU if it can, else trace. none.",
+        ],
+    },
+    Key {
         name: "at_end",
         example: "\"stay\"",
         meaning: &[
@@ -315,6 +331,7 @@ const VM_KEYS: &[Key] = &[
         example: "\"fatal\"",
         meaning: &["Another one than sld, for this VM; with sld fatal only emulate."],
     },
+    Key { name: "source", example: "\"trace\"", meaning: &["Another one, for this VM."] },
     Key {
         name: "weight",
         example: "100",
@@ -356,7 +373,21 @@ impl Setup {
     /// # Errors
     /// If a guest is neither, or its file cannot be read.
     pub fn of_guests(sld: Policy, names: &[String], expose_sld: bool) -> Result<Self> {
+        Self::of_guests_by(sld, None, names, expose_sld)
+    }
+
+    /// The same where split locks are detected by `source`.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn of_guests_by(
+        sld: Policy,
+        source: Option<SldSource>,
+        names: &[String],
+        expose_sld: bool,
+    ) -> Result<Self> {
         let (config, images) = Self::configure(sld, names, expose_sld)?;
+        let config = HvConfig { source, ..config };
         Ok(Self { config: config.to_text()?, images })
     }
 
@@ -365,9 +396,14 @@ impl Setup {
     ///
     /// # Errors
     /// As there.
-    pub fn of_guests_for_people(sld: Policy, names: &[String], expose_sld: bool) -> Result<Self> {
+    pub fn of_guests_for_people(
+        sld: Policy,
+        source: Option<SldSource>,
+        names: &[String],
+        expose_sld: bool,
+    ) -> Result<Self> {
         let (config, images) = Self::configure(sld, names, expose_sld)?;
-        let config = HvConfig { at_end: None, ..config };
+        let config = HvConfig { source, at_end: None, ..config };
         Ok(Self { config: config.to_explained_text()?, images })
     }
 
@@ -571,7 +607,7 @@ cmdline = \"\"
     fn a_file_for_people_says_the_same_and_explains_every_key() {
         let guests = names(&["sld-aware", "smp"]);
         let plain = Setup::of_guests(Policy::Warn, &guests, false).unwrap();
-        let explained = Setup::of_guests_for_people(Policy::Warn, &guests, false).unwrap();
+        let explained = Setup::of_guests_for_people(Policy::Warn, None, &guests, false).unwrap();
         assert_eq!(explained.images, plain.images);
         let mut meant: toml::Table = plain.config.parse().unwrap();
         meant.remove("at_end");

@@ -61,6 +61,8 @@ pub enum Body {
         vm: String,
         /// What is done about its split locks.
         policy: String,
+        /// Where they are detected: `msr`, `trace` or `none`.
+        source: String,
         /// Whether it is shown the feature.
         exposed: bool,
         /// Number of its vCPUs.
@@ -86,6 +88,19 @@ pub enum Body {
     },
     /// Bit 29 of the CPU's own MSR 0x33 was written.
     RealBit {
+        /// The VM on whose account, if it was on any's.
+        #[serde(default)]
+        vm: Option<String>,
+        /// The vCPU in it.
+        #[serde(default)]
+        vcpu: Option<u32>,
+        /// The bit.
+        on: bool,
+        /// The reason.
+        why: String,
+    },
+    /// The bit was written by which the hypervisor traces a VM on this CPU.
+    TraceBit {
         /// The VM on whose account, if it was on any's.
         #[serde(default)]
         vm: Option<String>,
@@ -250,7 +265,9 @@ impl Event {
             | Body::VcpuEnd { vm, .. }
             | Body::VmEnd { vm, .. }
             | Body::VmRefused { vm, .. } => Some(vm),
-            Body::RealBit { vm, .. } | Body::MachineCheck { vm, .. } => vm.as_deref(),
+            Body::RealBit { vm, .. }
+            | Body::TraceBit { vm, .. }
+            | Body::MachineCheck { vm, .. } => vm.as_deref(),
             _ => None,
         }
     }
@@ -375,7 +392,7 @@ mod tests {
     fn all_kinds_are_read() {
         let lines = r#"
             {"seq":0,"tsc":1,"cpu":0,"event":"boot","version":"0.1.0","cpus":1,"sld":"warn","sld_source":"msr","firmware":"bios"}
-            {"seq":1,"tsc":2,"cpu":0,"event":"vm-start","vm":"a","policy":"warn","exposed":false,"vcpus":1,"memory_bytes":8388608}
+            {"seq":1,"tsc":2,"cpu":0,"event":"vm-start","vm":"a","policy":"warn","source":"msr","exposed":false,"vcpus":1,"memory_bytes":8388608}
             {"seq":2,"tsc":3,"cpu":0,"event":"test-ctrl-write","vm":"a","vcpu":0,"value":"0x20000000","result":"stored"}
             {"seq":3,"tsc":4,"cpu":0,"event":"real-bit","on":true,"why":"boot"}
             {"seq":4,"tsc":5,"cpu":0,"event":"vm-end","vm":"a","reason":"exit","status":33,"counters":{"exits":{"hlt":2},"split_locks":{"warn":1},"real_bit_writes":1}}

@@ -168,8 +168,8 @@ mod tests {
     const RUN: &str = r#"
         {"seq":0,"tsc":1,"cpu":0,"event":"boot","version":"0.1.0","cpus":1,"sld":"warn","sld_source":"msr","firmware":"bios"}
         {"seq":1,"tsc":1,"cpu":0,"event":"vm-refused","vm":"broken","why":"unknown format"}
-        {"seq":2,"tsc":1,"cpu":0,"event":"vm-start","vm":"split","policy":"fatal","exposed":false,"vcpus":1,"memory_bytes":8388608}
-        {"seq":3,"tsc":1,"cpu":0,"event":"vm-start","vm":"legacy-ac","policy":"warn","exposed":false,"vcpus":1,"memory_bytes":8388608}
+        {"seq":2,"tsc":1,"cpu":0,"event":"vm-start","vm":"split","policy":"fatal","source":"msr","exposed":false,"vcpus":1,"memory_bytes":8388608}
+        {"seq":3,"tsc":1,"cpu":0,"event":"vm-start","vm":"legacy-ac","policy":"warn","source":"msr","exposed":false,"vcpus":1,"memory_bytes":8388608}
         {"seq":4,"tsc":1,"cpu":0,"event":"ac","vm":"split","vcpu":0,"rip":"0x1","cpl":0,"am":false,"ac":false,"virtual_bit":false,"legacy":false,"verdict":"kill"}
         {"seq":5,"tsc":1,"cpu":0,"event":"vm-end","vm":"split","reason":"split lock"}
         {"seq":6,"tsc":1,"cpu":0,"event":"ac","vm":"legacy-ac","vcpu":0,"rip":"0x1","cpl":3,"am":true,"ac":true,"virtual_bit":false,"legacy":true,"verdict":"inject"}
@@ -202,7 +202,7 @@ legacy-ac  warn    0                 inject x2  exit 33
     fn several_cpus_or_vcpus_have_columns_of_their_own() {
         let events = r#"
         {"seq":0,"tsc":1,"cpu":0,"event":"boot","version":"0.1.0","cpus":4,"sld":"warn","sld_source":"msr","firmware":"bios"}
-        {"seq":1,"tsc":1,"cpu":0,"event":"vm-start","vm":"split-storm","policy":"warn","exposed":false,"vcpus":4,"weight":100,"memory_bytes":8388608}
+        {"seq":1,"tsc":1,"cpu":0,"event":"vm-start","vm":"split-storm","policy":"warn","source":"msr","exposed":false,"vcpus":4,"weight":100,"memory_bytes":8388608}
         {"seq":2,"tsc":1,"cpu":0,"event":"vm-end","vm":"split-storm","reason":"exit","status":33,"counters":{"loads":12345,"migrations":1234,"ticks":5}}
         "#;
         let expected = "\

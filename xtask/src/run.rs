@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail, ensure};
 use clap::{Args, ValueEnum};
 
-use crate::config::{Policy, Setup};
+use crate::config::{Policy, Setup, SldSource};
 use crate::events::Body;
 use crate::firmware::Firmware;
 use crate::machine::{self, Emulator, MachineConfig};
@@ -22,6 +22,10 @@ pub struct SetupArgs {
     /// What the host does about split locks.
     #[arg(long, default_value = "warn", value_name = "POLICY")]
     pub sld: Policy,
+    /// Where split locks are detected: by the CPU (msr), by looking at each instruction (trace), not at all (none), or by
+    /// the CPU where it can and else by looking (auto).
+    #[arg(long, value_name = "SOURCE")]
+    pub source: Option<SldSource>,
     /// A guest to run: the name of a test guest or an image file. May be given several times. Without it, a few test guests show what there is.
     #[arg(long, value_name = "NAME-or-PATH")]
     pub guest: Vec<String>,
@@ -29,7 +33,7 @@ pub struct SetupArgs {
     #[arg(long)]
     pub expose_sld: bool,
     /// A configuration (hv.toml) of your own instead of a generated one. Its images are guests/NAME: files of a directory `guests` beside it, or test guests.
-    #[arg(long, value_name = "FILE", conflicts_with_all = ["sld", "guest", "expose_sld"])]
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["sld", "source", "guest", "expose_sld"])]
     pub config: Option<PathBuf>,
 }
 
@@ -41,7 +45,7 @@ impl SetupArgs {
     pub fn setup(&self) -> Result<Setup> {
         match &self.config {
             Some(file) => Setup::of_file(file),
-            None => Setup::of_guests(self.sld, &self.guest, self.expose_sld),
+            None => Setup::of_guests_by(self.sld, self.source, &self.guest, self.expose_sld),
         }
     }
 
@@ -52,7 +56,9 @@ impl SetupArgs {
     pub fn stick_setup(&self) -> Result<Setup> {
         match &self.config {
             Some(file) => Setup::of_file(file),
-            None => Setup::of_guests_for_people(self.sld, &self.guest, self.expose_sld),
+            None => {
+                Setup::of_guests_for_people(self.sld, self.source, &self.guest, self.expose_sld)
+            }
         }
     }
 }

@@ -551,11 +551,19 @@ mod tests {
             }
             let members = plan.members();
             for Member { name, vcpus, .. } in &members {
-                let (vm, policy) = (name.clone(), String::new());
+                let (vm, policy, source) = (name.clone(), String::new(), String::new());
                 let (vcpus, weight, memory_bytes) = (*vcpus, 100, 1);
                 run.add(
                     0,
-                    Body::VmStart { vm, policy, exposed: true, vcpus, weight, memory_bytes },
+                    Body::VmStart {
+                        vm,
+                        policy,
+                        source,
+                        exposed: true,
+                        vcpus,
+                        weight,
+                        memory_bytes,
+                    },
                 );
             }
             let mut totals = Totals::default();
