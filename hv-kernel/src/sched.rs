@@ -502,17 +502,18 @@ impl Cpu {
                 }) {
                     thread.counters.real_bit_writes += 1;
                 }
-                if thread.is_traced() {
-                    let written = sld::task_switch(&mut self.tracer, &thread.sld);
-                    if let Some(bit) = self.report(written) {
-                        thread.push(self.shared, Event::TraceBit(bit));
-                    }
+                let traced = if thread.is_traced() { &thread.sld } else { &self.idle };
+                let written = sld::task_switch(&mut self.tracer, traced);
+                if let Some(bit) = self.report(written) {
+                    thread.push(self.shared, Event::TraceBit(bit));
                 }
                 self.verify("switch", Some(thread));
             }
             None => {
                 let written = sld::task_switch(&mut self.sld, &self.idle);
                 self.note(written);
+                let written = sld::task_switch(&mut self.tracer, &self.idle);
+                self.note_tracer(written);
                 self.verify("switch", None);
             }
         }
@@ -565,9 +566,9 @@ impl Cpu {
             if let Err(violation) = sld::verify(&mut self.sld, task) {
                 self.violated(when, violation);
             }
-            if let Some(thread) = thread.filter(|thread| thread.is_traced())
-                && let Err(violation) = sld::verify(&mut self.tracer, &thread.sld)
-            {
+            let traced = thread.filter(|thread| thread.is_traced());
+            let task = traced.map_or(&self.idle, |thread| &thread.sld);
+            if let Err(violation) = sld::verify(&mut self.tracer, task) {
                 self.violated(when, violation);
             }
         }

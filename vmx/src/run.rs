@@ -340,6 +340,15 @@ impl Loaded<'_> {
         now: u64,
         after: Option<BasicReason>,
     ) -> Result<bool, Stop> {
+        // Most exits of a guest that is traced: nothing is due. What others have posted they have
+        // kicked for.
+        if self.vcpu.step == Step::TRACE
+            && after == Some(BasicReason::MONITOR_TRAP_FLAG)
+            && now < self.vcpu.stop_at.min(self.vcpu.due_at)
+            && !self.is_kicked()
+        {
+            return self.trace(host);
+        }
         self.end_split_lock_step(host)?;
         // An instruction that exits is carried out by the hypervisor, and no trap comes after it.
         if self.vcpu.step.contains(Step::HOLE) && !after.is_some_and(comes_back) {
@@ -709,7 +718,8 @@ impl Loaded<'_> {
         if let Some(deadline) = self.vcpu.apic.wakes_at() {
             ticks = ticks.min(deadline.saturating_sub(guest_now));
         }
-        self.vcpu.attention_at = now.saturating_add(ticks);
+        self.vcpu.due_at = now.saturating_add(ticks);
+        self.vcpu.attention_at = self.vcpu.due_at;
         // After the one instruction of a step there is always something to do, and after each one of
         // a guest that is traced.
         if !self.vcpu.step.is_empty() {

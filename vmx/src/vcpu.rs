@@ -179,6 +179,8 @@ pub struct Vcpu {
     pub(crate) attention_at: u64,
     /// When its turn is over, in the host's TSC.
     pub(crate) stop_at: u64,
+    /// When its turn is over or its timer is due, even if something else wants attention before.
+    pub(crate) due_at: u64,
     /// Where its last #AC came from.
     pub(crate) ac_place: Option<AcPlace>,
     /// An NMI that waits for the guest to be able to take it.
@@ -294,6 +296,7 @@ impl Vcpu {
             tsc_offset: 0,
             attention_at: 0,
             stop_at: 0,
+            due_at: 0,
             pending_nmi: false,
             ac_place: None,
             counters: Counters::NONE,

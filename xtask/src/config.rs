@@ -280,8 +280,8 @@ const HOST_KEYS: &[Key] = &[
         name: "source",
         example: "\"auto\"",
         meaning: &[
-            "Who detects split locks. msr: the CPU. trace: the hypervisor, which looks at each",
-            "instruction first; slow, on every CPU. auto: the CPU if it can, else trace. none.",
+            "Who detects split locks. msr: the CPU. trace: the hypervisor looks at each",
+            "instruction, which is slow. auto: msr if the CPU can, else trace. none: nobody.",
         ],
     },
     Key {
@@ -568,10 +568,12 @@ cmdline = \"\"
             weight: 200,
             cpus: Some(vec![0, 2]),
             policy: Some(Policy::Fatal),
+            source: Some(SldSource::Trace),
             limit_ticks: Some(7),
             ..Vm::default()
         };
         let config = HvConfig {
+            source: Some(SldSource::None),
             slice_ticks: Some(20_000),
             cpus: Some(3),
             verify: true,
@@ -581,6 +583,7 @@ cmdline = \"\"
         };
         let expected = "\
 sld = \"warn\"
+source = \"none\"
 at_end = \"power-off\"
 slice_ticks = 20000
 cpus = 3
@@ -597,6 +600,7 @@ weight = 200
 cpus = [0, 2]
 expose_sld = false
 policy = \"fatal\"
+source = \"trace\"
 limit_ticks = 7
 cmdline = \"\"
 ";

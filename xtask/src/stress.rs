@@ -14,7 +14,7 @@ use anyhow::{Context, Result, bail, ensure};
 use clap::Args;
 use serde::Serialize;
 
-use crate::config::{HvConfig, Policy, Setup, Source, Vm};
+use crate::config::{HvConfig, Policy, Setup, SldSource, Source, Vm};
 use crate::console::Step;
 use crate::guests;
 use crate::machine::{self, MachineConfig, RunOutcome};
@@ -42,6 +42,9 @@ pub struct StressArgs {
     /// What the host does about split locks.
     #[arg(long, default_value = "warn", value_name = "POLICY")]
     sld: Policy,
+    /// Where split locks are detected: msr, trace, or auto; with trace, everything is slow.
+    #[arg(long, value_name = "SOURCE")]
+    source: Option<SldSource>,
     /// Decides what the VMs do, and how many vCPUs each has.
     #[arg(long, default_value_t = 1, value_name = "S")]
     seed: u64,
@@ -55,8 +58,8 @@ pub struct StressArgs {
 /// # Errors
 /// If it cannot be run, or if anything was wrong.
 pub fn run(args: &StressArgs) -> Result<()> {
-    let StressArgs { cpus, vms, loads, sld, seed, .. } = *args;
-    let plan = Plan { cpus, vms, loads, sld, seed };
+    let StressArgs { cpus, vms, loads, sld, source, seed, .. } = *args;
+    let plan = Plan { cpus, vms, loads, sld, source, seed };
     // Made now, so that a wrong path is found before the run and not after it.
     let create = |path: &PathBuf| {
         fs::File::create(path).with_context(|| format!("cannot write {}", path.display()))
@@ -116,6 +119,8 @@ pub struct Plan {
     pub loads: u64,
     /// The host's mode.
     pub sld: Policy,
+    /// Where split locks are detected; as the hypervisor likes without it.
+    pub source: Option<SldSource>,
     /// Decides roles and vCPUs.
     pub seed: u64,
 }
@@ -178,7 +183,7 @@ impl Random {
 impl Default for Plan {
     /// What `cargo xtask stress` runs unless told otherwise.
     fn default() -> Self {
-        Self { cpus: 4.into(), vms: 3, loads: 10_000, sld: Policy::Warn, seed: 1 }
+        Self { cpus: 4.into(), vms: 3, loads: 10_000, sld: Policy::Warn, source: None, seed: 1 }
     }
 }
 
@@ -228,6 +233,7 @@ impl Plan {
             }
         };
         Ok(HvConfig {
+            source: self.source,
             slice_ticks: Some(SLICE_TICKS),
             verify: true,
             migrate_exits: Some(MIGRATE_EXITS),

@@ -1,6 +1,6 @@
 //! Compares what the hypervisor reported with what the machine did.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use crate::events::{Ac, Body, Event, Outcome, Truth};
 
@@ -28,6 +28,9 @@ pub fn check_truth(events: &[Event], truth: &[Truth]) -> Result<(), Vec<String>>
 /// Compares: every split lock that faulted in a guest must have led to exactly one `ac` event, with the
 /// same RIP and CPL, in the same order on each CPU, and no other `ac` event may exist.
 ///
+/// In a VM that is traced nothing faults: an `ac` event stands for itself there, and if it says `step`,
+/// the instruction must have taken the bus.
+///
 /// An `ac` event marked `legacy` may stand without a split lock: an ordinary alignment check is one
 /// too.
 ///
@@ -40,27 +43,49 @@ pub fn differences(events: &[Event], truth: &[Truth]) -> Differences {
             .collect(),
         ..Differences::default()
     };
-    let mut per_cpu: BTreeMap<u32, (Vec<&Truth>, Vec<&Ac>)> = BTreeMap::new();
-    for truth in truth.iter().filter(|truth| truth.vmx && truth.outcome == Outcome::Faulted) {
-        per_cpu.entry(truth.cpu).or_default().0.push(truth);
-    }
-    for event in events {
-        if let Body::Ac(ac) = &event.body {
-            per_cpu.entry(event.cpu).or_default().1.push(ac);
+    let mut traced = BTreeSet::new();
+    let mut per_cpu: BTreeMap<u32, OfCpu> = BTreeMap::new();
+    for truth in truth.iter().filter(|truth| truth.vmx) {
+        let of_cpu = per_cpu.entry(truth.cpu).or_default();
+        match truth.outcome {
+            Outcome::Faulted => of_cpu.faulted.push(truth),
+            Outcome::Taken => of_cpu.taken.push(truth),
         }
     }
-    for (cpu, (faults, acs)) in per_cpu {
-        compare(cpu, &faults, &acs, &mut found);
+    for event in events {
+        match &event.body {
+            Body::VmStart { vm, source, .. } if source == "trace" => {
+                traced.insert(&**vm);
+            }
+            Body::Ac(ac) => per_cpu.entry(event.cpu).or_default().acs.push(ac),
+            _ => {}
+        }
+    }
+    for (cpu, of_cpu) in per_cpu {
+        compare(cpu, &of_cpu, &traced, &mut found);
     }
     found
 }
 
-/// One CPU's faults against its `ac` events, both in order.
-fn compare(cpu: u32, faults: &[&Truth], acs: &[&Ac], found: &mut Differences) {
-    let mut faults = faults.iter().peekable();
-    for ac in acs {
+/// What happened on a CPU, each in order.
+#[derive(Default)]
+struct OfCpu<'a> {
+    faulted: Vec<&'a Truth>,
+    taken: Vec<&'a Truth>,
+    acs: Vec<&'a Ac>,
+}
+
+/// One CPU's faults, and what was taken in VMs that are `traced`, against its `ac` events.
+fn compare(cpu: u32, of_cpu: &OfCpu<'_>, traced: &BTreeSet<&str>, found: &mut Differences) {
+    let mut faults = of_cpu.faulted.iter().peekable();
+    let mut taken = of_cpu.taken.iter();
+    for ac in &of_cpu.acs {
         let same = |truth: &&&Truth| truth.rip == ac.rip && truth.cpl == ac.cpl;
         if faults.next_if(same).is_some() || ac.legacy {
+            continue;
+        }
+        let is_traced = traced.contains(&*ac.vm);
+        if is_traced && (ac.verdict != "step" || taken.any(|truth| same(&truth))) {
             continue;
         }
         let next = faults.peek().map_or("none".to_owned(), |truth| describe(truth));
@@ -162,6 +187,37 @@ mod tests {
         let events = [ac(0, 5, 3, true), ac(0, 1, 0, false), ac(0, 6, 3, true)];
         assert_eq!(check_truth(&events, &[fault(0, 1, 0)]), Ok(()));
         assert_eq!(check_truth(&events, &[fault(0, 1, 0), fault(0, 6, 3)]), Ok(()));
+    }
+
+    #[test]
+    fn what_is_traced_does_not_fault_and_what_is_stepped_is_taken() {
+        let start = |source: &str| Event {
+            seq: 0,
+            tsc: 0,
+            cpu: 0,
+            body: Body::VmStart {
+                vm: "vm".to_owned(),
+                policy: "step".to_owned(),
+                source: source.to_owned(),
+                exposed: false,
+                vcpus: 1,
+                weight: 100,
+                memory_bytes: 0,
+            },
+        };
+        let step = |rip| {
+            let mut event = ac(0, rip, 0, false);
+            if let Body::Ac(ac) = &mut event.body {
+                ac.verdict = "step".to_owned();
+            }
+            event
+        };
+        let taken = |rip| Truth { outcome: Outcome::Taken, ..fault(0, rip, 0) };
+        let events = |source| [start(source), ac(0, 1, 0, false), step(2), step(3)];
+        assert_eq!(check_truth(&events("trace"), &[taken(9), taken(2), taken(3)]), Ok(()));
+        assert!(check_truth(&events("trace"), &[taken(3), taken(2)]).is_err());
+        assert!(check_truth(&events("trace"), &[taken(2)]).is_err());
+        assert!(check_truth(&events("msr"), &[taken(2), taken(3)]).is_err());
     }
 
     #[test]

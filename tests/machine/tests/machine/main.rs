@@ -18,6 +18,7 @@ mod refusals;
 mod sharing;
 mod shim;
 mod smp;
+mod trace;
 mod vcpu;
 mod verdicts;
 mod vms;
@@ -39,6 +40,7 @@ fn main() -> ExitCode {
         vcpu::trials(),
         smp::trials(),
         policies::trials(),
+        trace::trials(),
         bench::trials(),
     ];
     let trials = parts.into_iter().flatten().collect();

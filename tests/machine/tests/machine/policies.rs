@@ -2,9 +2,9 @@
 
 use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
-use machine_tests::hypervisor::{boot_guests, check_orderly, system};
+use machine_tests::hypervisor::{boot_guests_by, check_orderly, machine_for, system};
 use machine_tests::{check, check_eq, trial};
-use xtask::config::{HvConfig, Policy, Vm};
+use xtask::config::{HvConfig, Policy, SldSource, Vm};
 use xtask::events::{Ac, Body, Outcome};
 use xtask::guests::{self, Guest, SUCCESS};
 use xtask::machine::{MachineConfig, RunOutcome};
@@ -18,17 +18,24 @@ const UNAWARE: [(&str, usize); 4] =
     [("split-add-cpl0", 3), ("split-xchg-cpl3", 3), ("split-page", 12), ("split-storm", 1000)];
 
 pub fn trials() -> Vec<Trial> {
-    let mut trials = vec![
-        trial("policies::each_vm_has_its_own", each_vm),
-        trial("policies::a_limit_makes_a_vm_wait_and_no_other", limited),
-    ];
-    for (policy, done, taken) in [(Policy::Step, "step", true), (Policy::Emulate, "emulate", false)]
-    {
-        trials.push(trial(format!("policies::{done}"), move || every_lock(policy, done, taken)));
-        for cpus in [1, 2, 4] {
-            let name = format!("policies::{done}_loses_no_update_on_{cpus}");
-            trials.push(trial(name, move || contended(policy, done, cpus.into())));
+    let mut trials = Vec::new();
+    for source in [SldSource::Msr, SldSource::Trace] {
+        let part = if source == SldSource::Msr { "policies" } else { "trace::policies" };
+        let name = |test: &str| format!("{part}::{test}");
+        trials.extend([
+            trial(name("each_vm_has_its_own"), move || each_vm(source)),
+            trial(name("a_limit_makes_a_vm_wait_and_no_other"), move || limited(source)),
+        ]);
+        for (policy, done) in [(Policy::Step, "step"), (Policy::Emulate, "emulate")] {
+            trials.push(trial(name(done), move || every_lock(policy, done, source)));
+            let machines = if source == SldSource::Msr { &[1, 2, 4][..] } else { &[2] };
+            for &cpus in machines {
+                let name = name(&format!("{done}_loses_no_update_on_{cpus}"));
+                trials.push(trial(name, move || contended(policy, done, cpus.into(), source)));
+            }
         }
+    }
+    for (policy, done) in [(Policy::Step, "step"), (Policy::Emulate, "emulate")] {
         for cpus in ["4", "1:2:2"] {
             let name = format!("policies::stress_{done}_on_{}", cpus.replace(':', "_"));
             trials.push(trial(name, move || stress(policy, cpus.parse()?)));
@@ -58,12 +65,12 @@ fn succeeded(outcome: &RunOutcome, name: &str) -> Result<()> {
 }
 
 /// Every split lock is seen and dealt with, one by one, and all guests get their results.
-fn every_lock(policy: Policy, done: &str, locks_bus: bool) -> Result<()> {
+fn every_lock(policy: Policy, done: &str, source: SldSource) -> Result<()> {
     let aware = guests::find("sld-aware");
     let unaware = UNAWARE.iter().filter_map(|(name, _)| guests::find(name));
     let all: Vec<&Guest> = unaware.chain(aware).collect();
     ensure!(all.len() == UNAWARE.len() + 1, "a guest is not registered");
-    let outcome = boot_guests(policy, &all, MachineConfig::default())?;
+    let outcome = boot_guests_by(policy, source, &all, machine_for(source))?;
     check_orderly(&outcome)?;
     for (name, locks) in UNAWARE {
         succeeded(&outcome, name)?;
@@ -72,23 +79,24 @@ fn every_lock(policy: Policy, done: &str, locks_bus: bool) -> Result<()> {
     succeeded(&outcome, "sld-aware")?;
     check_eq(&outcome, "own #ACs", count(&outcome, "sld-aware", "inject"), 4)?;
     let locks = UNAWARE.iter().map(|(_, locks)| locks).sum::<usize>();
-    check_eq(&outcome, "bus locks", taken(&outcome), if locks_bus { locks } else { 0 })
+    check_eq(&outcome, "bus locks", taken(&outcome), if policy == Policy::Step { locks } else { 0 })
 }
 
 /// Runs the guest `split-storm` once for each of these policies, in a host that warns.
-fn storms(policies: &[(&str, Policy)]) -> Result<RunOutcome> {
+fn storms(policies: &[(&str, Policy)], source: SldSource) -> Result<RunOutcome> {
     let storm = guests::find("split-storm").expect("it is registered");
     let vm = |(name, policy): &(&str, Policy)| Vm {
         name: (*name).to_owned(),
         policy: Some(*policy),
         ..Vm::of_guest(storm)
     };
-    let config = HvConfig::new(Policy::Warn, policies.iter().map(vm).collect());
-    vms::run(&config, MachineConfig::default())
+    let vms = policies.iter().map(vm).collect();
+    let config = HvConfig { source: Some(source), ..HvConfig::new(Policy::Warn, vms) };
+    vms::run(&config, machine_for(source))
 }
 
 /// VMs with all policies beside each other: nobody's changes what happens to another.
-fn each_vm() -> Result<()> {
+fn each_vm(source: SldSource) -> Result<()> {
     let policies = [
         ("off", Policy::Off),
         ("warn", Policy::Warn),
@@ -96,7 +104,7 @@ fn each_vm() -> Result<()> {
         ("emulate", Policy::Emulate),
         ("fatal", Policy::Fatal),
     ];
-    let outcome = storms(&policies)?;
+    let outcome = storms(&policies, source)?;
     for (name, verdicts) in [
         ("off", [0, 0, 0, 0]),
         ("warn", [1, 0, 0, 0]),
@@ -115,9 +123,9 @@ fn each_vm() -> Result<()> {
 
 /// A VM that may lock the bus a thousand times a second waits when it wants more; one beside it that
 /// splits as many, with detection off, does not.
-fn limited() -> Result<()> {
+fn limited(source: SldSource) -> Result<()> {
     let limit = "ratelimit=900".parse()?;
-    let outcome = storms(&[("limited", limit), ("free", Policy::Off)])?;
+    let outcome = storms(&[("limited", limit), ("free", Policy::Off)], source)?;
     for name in ["limited", "free"] {
         succeeded(&outcome, name)?;
     }
@@ -134,12 +142,16 @@ fn limited() -> Result<()> {
 }
 
 /// Four vCPUs change one number that crosses cache lines, and others beside it: nothing is lost.
-fn contended(policy: Policy, done: &str, cpus: Topology) -> Result<()> {
+fn contended(policy: Policy, done: &str, cpus: Topology, source: SldSource) -> Result<()> {
     const ROUNDS: usize = 60;
     let guest = guests::find("smp").expect("it is registered");
     let vm = Vm { cmdline: format!("contend count={ROUNDS}"), ..Vm::of_guest(guest) };
-    let config = HvConfig { slice_ticks: Some(20_000), ..HvConfig::new(policy, vec![vm]) };
-    let machine = MachineConfig { cpus, ips: 1_000_000, ..MachineConfig::default() };
+    let config = HvConfig {
+        source: Some(source),
+        slice_ticks: Some(20_000),
+        ..HvConfig::new(policy, vec![vm])
+    };
+    let machine = MachineConfig { cpus, ips: 1_000_000, ..machine_for(source) };
     let outcome = vms::run(&config, machine)?;
     succeeded(&outcome, "smp")?;
     let locks = count(&outcome, "smp", done);

@@ -6,8 +6,9 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result, anyhow, ensure};
 use libtest_mimic::Trial;
+use machine_tests::hypervisor::{is_traced, machine_for, traced_as_real};
 use machine_tests::trial;
-use xtask::config::{HvConfig, Policy, Vm};
+use xtask::config::{HvConfig, Policy, SldSource, Vm};
 use xtask::events::{Ac, Body, Counters, Event, Outcome};
 use xtask::guests::{self, SUCCESS};
 use xtask::machine::{MachineConfig, RunOutcome};
@@ -29,12 +30,14 @@ pub fn trials() -> Vec<Trial> {
         let cpus = if cpus > 1 { format!("_on_{cpus}") } else { String::new() };
         format!("sharing::{mode:?}_{}{cpus}", names.join("_")).to_lowercase()
     };
-    machines
-        .into_iter()
-        .map(|(mode, cpus, roles)| {
-            trial(name(mode, cpus, &roles), move || share(mode, cpus, &roles))
-        })
-        .collect()
+    let traced = [1, 2].map(|cpus| {
+        let name = format!("trace::{}", name(Policy::Warn, cpus, &all));
+        trial(name, move || share(Policy::Warn, cpus, &all, SldSource::Trace))
+    });
+    let by_cpu = machines.into_iter().map(|(mode, cpus, roles)| {
+        trial(name(mode, cpus, &roles), move || share(mode, cpus, &roles, SldSource::Msr))
+    });
+    by_cpu.chain(traced).collect()
 }
 
 /// What the guest `sld-shared` is told.
@@ -148,14 +151,15 @@ fn guest() -> &'static guests::Guest {
     guests::find("sld-shared").expect("it is registered")
 }
 
-fn share(mode: Policy, cpus: u32, roles: &[Role]) -> Result<()> {
+fn share(mode: Policy, cpus: u32, roles: &[Role], source: SldSource) -> Result<()> {
     let config = HvConfig {
+        source: Some(source),
         slice_ticks: Some(SLICE_TICKS),
         migrate_exits: (cpus > 1).then_some(MIGRATE_EXITS),
         verify: true,
         ..HvConfig::new(mode, roles.iter().map(|role| role.vm(mode)).collect())
     };
-    let usual = MachineConfig::default();
+    let usual = machine_for(source);
     let ips = if cpus > 1 { IPS } else { usual.ips };
     let outcome = vms::run(&config, MachineConfig { cpus: cpus.into(), ips, ..usual })?;
     judge(mode, cpus, roles, &outcome)
@@ -163,8 +167,11 @@ fn share(mode: Policy, cpus: u32, roles: &[Role]) -> Result<()> {
 }
 
 fn judge(mode: Policy, cpus: u32, roles: &[Role], outcome: &RunOutcome) -> Result<()> {
-    let summary = operations::replay(&outcome.events).map_err(|why| anyhow!(why))?;
-    operations_are_checked(&outcome.events, if cpus > 1 { 10 } else { 50 })?;
+    let traced = is_traced(outcome);
+    let translated = traced.then(|| traced_as_real(&outcome.events));
+    let bits = translated.as_ref().unwrap_or(&outcome.events);
+    let summary = operations::replay(bits).map_err(|why| anyhow!(why))?;
+    operations_are_checked(bits, if cpus > 1 { 10 } else { 50 })?;
     if mode == Policy::Fatal {
         let reasons: Vec<&str> = summary.writes.keys().map(String::as_str).collect();
         ensure!(reasons == ["boot", "offline"], "writes under fatal: {:?}", summary.writes);
@@ -191,7 +198,9 @@ fn judge(mode: Policy, cpus: u32, roles: &[Role], outcome: &RunOutcome) -> Resul
             ("split lock", None)
         };
         ensure!((reason, status) == end, "{role:?} ended: {reason}, {status:?}");
-        interrupted.push(counters.exits.get("preemption-timer").copied().unwrap_or(0));
+        // Where each instruction exits there is no need of a timer.
+        let timer = counters.exits.get("preemption-timer").copied().unwrap_or(0);
+        interrupted.push(if traced { counters.loads } else { timer });
         migrated.push(counters.migrations);
 
         let [first, second] = match split_locks_of(&outcome.serial, role.name()) {
@@ -202,7 +211,7 @@ fn judge(mode: Policy, cpus: u32, roles: &[Role], outcome: &RunOutcome) -> Resul
         let ac = acs.iter().find(|ac| ac.rip.0 != first);
         ensure!(ac.is_none(), "{role:?}: #AC elsewhere than at {first:#x}: {ac:?}");
         let counts = of_rip.entry(first).or_default();
-        counts[0] += expected.faulted;
+        counts[0] += if traced { 0 } else { expected.faulted };
         if second == 0 {
             counts[1] += expected.taken;
         } else {

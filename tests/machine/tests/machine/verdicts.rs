@@ -11,15 +11,16 @@
 //! | mode `off` | [`Quirk::StuckOn`]: the bit cannot be switched off |
 //! | `warn`, exposed, virtual bit off | two threads a core: the bit stays on for the other one, and what is `warn` in the table is carried out as `step` |
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{self, Write};
 use std::fs;
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use libtest_mimic::Trial;
+use machine_tests::hypervisor::traced_as_real;
 use machine_tests::{check_eq, trial};
 use xtask::bare::root;
-use xtask::config::{HvConfig, Policy, Vm};
+use xtask::config::{HvConfig, Policy, SldSource, Vm};
 use xtask::events::{Body, Outcome};
 use xtask::guests::{self, SUCCESS};
 use xtask::machine::{MachineConfig, Quirk, RunOutcome};
@@ -29,7 +30,10 @@ use crate::operations;
 use crate::vms::{self, on};
 
 pub fn trials() -> Vec<Trial> {
-    vec![trial("verdicts::every_row", every_row)]
+    vec![
+        trial("verdicts::every_row", every_row),
+        trial("trace::verdicts_are_those_of_the_table", traced_rows),
+    ]
 }
 
 /// The inputs of a verdict.
@@ -130,6 +134,8 @@ struct Case {
     model: Option<&'static str>,
     /// It has split-lock detection.
     sld: bool,
+    /// It has none, and its VMs are traced.
+    traced: bool,
     quirk: Option<Quirk>,
     /// Threads of its only core. All but the first are idle.
     threads: u32,
@@ -145,6 +151,7 @@ fn cases() -> Vec<Case> {
         about,
         model: None,
         sld: true,
+        traced: false,
         quirk: None,
         threads: 1,
         mode,
@@ -200,7 +207,7 @@ struct Expected {
 impl Case {
     /// Whether the hypervisor is to believe that there is detection.
     fn host_sld(&self) -> bool {
-        self.sld && self.quirk != Some(Quirk::Undeclared)
+        self.traced || self.sld && self.quirk != Some(Quirk::Undeclared)
     }
 
     fn exposed(&self, vm: &Splitter) -> bool {
@@ -222,7 +229,7 @@ impl Case {
             "warn" => !row.exposed || row.virtual_bit || self.threads > 1,
             _ => true,
         };
-        self.quirk.is_some() || self.sld && by_hypervisor
+        self.quirk.is_some() || self.host_sld() && by_hypervisor
     }
 
     fn expected(&self, table: &Table) -> Result<Expected> {
@@ -251,8 +258,8 @@ impl Case {
                     expected.acs.extend(vec![seen; HAPPENS]);
                     continue;
                 }
-                // An alignment check comes before the access.
-                split_locks(Outcome::Faulted, usize::from(!row.legacy()));
+                // An alignment check comes before the access, the look before the instruction.
+                split_locks(Outcome::Faulted, usize::from(!row.legacy() && !self.traced));
                 match verdict.as_str() {
                     "inject" => {}
                     "warn" => split_locks(Outcome::Taken, HAPPENS),
@@ -305,12 +312,20 @@ impl Case {
 
     fn run(&self) -> Result<RunOutcome> {
         // So long a slice that each VM does all in its first: the order is known.
-        let config =
-            HvConfig { slice_ticks: Some(1 << 40), ..HvConfig::new(self.mode, self.configured()) };
+        let source = match (self.traced, self.sld) {
+            (true, _) => SldSource::Trace,
+            (false, true) if self.quirk != Some(Quirk::Undeclared) => SldSource::Msr,
+            _ => SldSource::None,
+        };
+        let config = HvConfig {
+            source: Some(source),
+            slice_ticks: Some(1 << 40),
+            ..HvConfig::new(self.mode, self.configured())
+        };
         let usual = MachineConfig::default();
         let machine = MachineConfig {
             model: self.model.map_or(usual.model, str::to_owned),
-            sld: self.sld,
+            sld: self.sld && !self.traced,
             quirk: self.quirk,
             cpus: Topology { packages: 1, cores: 1, threads: self.threads },
             memory_mib: 512,
@@ -381,7 +396,10 @@ impl Case {
         ensure!(ends == expected.ends, "ends: {ends:?}\nexpected: {:?}", expected.ends);
         ensure!(acs == expected.acs, "#AC: {acs:?}\nexpected: {:?}", expected.acs);
         ensure!(truth == expected.truth, "split locks: {truth:?}\nexpected: {:?}", expected.truth);
-        if self.sld && self.quirk.is_none() {
+        if self.traced {
+            operations::replay(&traced_as_real(&outcome.events)).map_err(|why| anyhow!(why))?;
+        }
+        if self.sld && !self.traced && self.quirk.is_none() {
             if self.threads == 1 {
                 operations::replay(&outcome.events).map_err(|why| anyhow!(why))?;
             }
@@ -411,6 +429,25 @@ fn every_row() -> Result<()> {
     }
     println!("{}", list(&table, &visits)?);
     let missed: Vec<_> = table.keys().filter(|row| !visits.contains_key(row)).collect();
+    ensure!(missed.is_empty(), "not visited: {missed:#?}");
+    Ok(())
+}
+
+/// All rows that a machine with one thread, nothing odd and the bit on visits.
+fn traced_rows() -> Result<()> {
+    let table = table()?;
+    let mut visited = BTreeSet::new();
+    let plain = |case: &Case| case.sld && case.quirk.is_none() && case.threads == 1;
+    for case in cases().into_iter().filter(plain) {
+        visited.extend(Case { traced: true, model: None, ..case }.visit(&table)?);
+    }
+    let unseen =
+        |row: &Row| row.mode == "off" || row.mode == "warn" && row.exposed && !row.virtual_bit;
+    let due = table.keys().filter(|row| row.host_sld && (row.legacy() || !unseen(row)));
+    let missed: Vec<_> = due.filter(|row| !visited.contains(row)).collect();
+    // With the mode off, nobody has a bit to set.
+    let possible = |row: &&&Row| row.mode != "off" || !row.exposed && !row.virtual_bit;
+    let missed: Vec<_> = missed.iter().filter(possible).collect();
     ensure!(missed.is_empty(), "not visited: {missed:#?}");
     Ok(())
 }

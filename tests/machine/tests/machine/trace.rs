@@ -1,0 +1,207 @@
+//! VMs that are traced: everything that they and the events show is what the CPU's own detection would
+//! have made of it, on machines that have none and beside VMs that use it.
+
+use anyhow::{Context, Result};
+use libtest_mimic::Trial;
+use machine_tests::hypervisor::{
+    boot_guests_by, check_guest, check_orderly, check_split_locks, is_traced, machine_for, make,
+};
+use machine_tests::{check, check_eq, trial};
+use xtask::config::{HvConfig, Policy, SldSource, Vm};
+use xtask::events::{Ac, Body, Outcome};
+use xtask::guests::{self, GUESTS, Guest, SUCCESS, Situation};
+use xtask::machine::{MachineConfig, RunOutcome};
+use xtask::topology::Topology;
+
+use crate::vms;
+
+/// A model that never had detection.
+const OLD_MODEL: &str = "corei7_skylake_x";
+
+pub fn trials() -> Vec<Trial> {
+    let mut trials = vec![
+        trial("trace::beside_vms_that_the_cpu_detects", mixture),
+        trial("trace::threads_that_share_a_core", threads),
+        trial("trace::ends_with_the_first_warning", ends),
+        trial("trace::is_chosen_where_the_cpu_does_not_detect", chosen),
+        trial("trace::who_insists_on_the_cpu_is_refused", refused),
+    ];
+    for situation in [Situation::Warn, Situation::Fatal] {
+        let name = |guest: &str| format!("trace::guest::{guest}::{situation:?}").to_lowercase();
+        for guest in GUESTS {
+            trials.push(trial(name(guest.name), move || run(&[guest], situation)));
+        }
+        trials.push(trial(name("all"), move || run(&GUESTS.iter().collect::<Vec<_>>(), situation)));
+    }
+    trials
+}
+
+/// Memory of the machine, in MiB, besides that of its VMs.
+const MACHINE_MIB: u32 = 256;
+
+/// As the tests of all guests in all situations, with as many split locks taken and none that faults.
+fn run(guests: &[&Guest], situation: Situation) -> Result<()> {
+    let (sld, config) = make(situation);
+    let model = if situation == Situation::Fatal { OLD_MODEL.to_owned() } else { config.model };
+    let memory_mib = MACHINE_MIB + guests.iter().map(|guest| guest.memory_mib).sum::<u32>();
+    let config = MachineConfig { memory_mib, model, sld: false, ..config };
+    let outcome = boot_guests_by(sld, SldSource::Trace, guests, config)?;
+    check_orderly(&outcome)?;
+    check(&outcome, is_traced(&outcome), "nothing was traced")?;
+    for guest in guests {
+        check_guest(&outcome, guest, situation)?;
+    }
+    check_split_locks(&outcome, guests, situation)
+}
+
+/// How many of a VM's #ACs led to this.
+fn count(outcome: &RunOutcome, name: &str, done: &str) -> usize {
+    let is_it = |body: &Body| matches!(body, Body::Ac(Ac { vm, verdict, .. }) if vm == name && verdict == done);
+    outcome.events.iter().filter(|event| is_it(&event.body)).count()
+}
+
+/// Faulted and taken in guests.
+fn split_locks(outcome: &RunOutcome) -> [usize; 2] {
+    [Outcome::Faulted, Outcome::Taken].map(|wanted| {
+        outcome.truth.iter().filter(|truth| truth.vmx && truth.outcome == wanted).count()
+    })
+}
+
+fn find(name: &str) -> Result<&'static Guest> {
+    guests::find(name).with_context(|| format!("no guest {name}"))
+}
+
+/// A VM of the guest that splits a thousand locks.
+fn storm(name: &str, source: SldSource, policy: Policy) -> Result<Vm> {
+    let (source, policy) = (Some(source), Some(policy));
+    Ok(Vm { name: name.to_owned(), source, policy, ..Vm::of_guest(find("split-storm")?) })
+}
+
+fn check_status(outcome: &RunOutcome, name: &str) -> Result<()> {
+    let end = outcome.events.iter().find_map(|event| match &event.body {
+        Body::VmEnd { vm, reason, status, .. } if vm == name => Some((reason.as_str(), *status)),
+        _ => None,
+    });
+    check_eq(outcome, &format!("end of {name}"), end, Some(("exit", Some(SUCCESS.into()))))
+}
+
+/// VM exits of a VM for this reason.
+fn exits(outcome: &RunOutcome, name: &str, reason: &str) -> u64 {
+    let of_vm = outcome.events.iter().find_map(|event| match &event.body {
+        Body::VmEnd { vm, counters, .. } if vm == name => Some(counters),
+        _ => None,
+    });
+    of_vm.and_then(|counters| counters.exits.get(reason)).copied().unwrap_or(0)
+}
+
+/// VMs with both sources, and without any, beside each other where the CPU detects: each is dealt with by
+/// its own, and the CPU finds nothing in those that are not its affair.
+fn mixture() -> Result<()> {
+    use SldSource::{Msr, None as Nothing, Trace};
+    let vms = vec![
+        storm("cpu-step", Msr, Policy::Step)?,
+        storm("cpu-warn", Msr, Policy::Warn)?,
+        storm("traced-step", Trace, Policy::Step)?,
+        storm("traced-warn", Trace, Policy::Warn)?,
+        storm("traced-emulate", Trace, Policy::Emulate)?,
+        storm("traced-fatal", Trace, Policy::Fatal)?,
+        storm("nobody", Nothing, Policy::Off)?,
+        Vm { name: "own".to_owned(), source: Some(Trace), ..Vm::of_guest(find("sld-aware")?) },
+    ];
+    let config =
+        HvConfig { slice_ticks: Some(50_000), verify: true, ..HvConfig::new(Policy::Warn, vms) };
+    let outcome = vms::run(&config, MachineConfig::default())?;
+    for (name, verdicts) in [
+        ("cpu-step", [0, 1000, 0, 0, 0]),
+        ("cpu-warn", [1, 0, 0, 0, 0]),
+        ("traced-step", [0, 1000, 0, 0, 0]),
+        ("traced-warn", [1, 0, 0, 0, 0]),
+        ("traced-emulate", [0, 0, 1000, 0, 0]),
+        ("traced-fatal", [0, 0, 0, 1, 0]),
+        ("nobody", [0; 5]),
+        ("own", [0, 0, 0, 0, 4]),
+    ] {
+        let found =
+            ["warn", "step", "emulate", "kill", "inject"].map(|done| count(&outcome, name, done));
+        check_eq(&outcome, &format!("verdicts of {name}"), found, verdicts)?;
+        if name != "traced-fatal" {
+            check_status(&outcome, name)?;
+        }
+    }
+    // Only the CPU's own fault: a thousand and one.
+    check_eq(&outcome, "faulted and taken", split_locks(&outcome), [1001, 5000])
+}
+
+/// A VM that was warned runs on while its sibling thread has detection on: what the CPU raises then is
+/// stepped.
+fn threads() -> Result<()> {
+    let traced = Vm { cpus: Some(vec![0]), ..storm("traced", SldSource::Trace, Policy::Warn)? };
+    let by_cpu = Vm { cpus: Some(vec![1]), ..storm("cpu", SldSource::Msr, Policy::Step)? };
+    let config = HvConfig { verify: true, ..HvConfig::new(Policy::Warn, vec![traced, by_cpu]) };
+    let cpus = Topology { packages: 1, cores: 1, threads: 2 };
+    let outcome = vms::run(&config, MachineConfig { cpus, ..MachineConfig::default() })?;
+    for name in ["traced", "cpu"] {
+        check_status(&outcome, name)?;
+    }
+    check_eq(&outcome, "steps by the CPU", count(&outcome, "cpu", "step"), 1000)?;
+    check_eq(&outcome, "warnings", count(&outcome, "traced", "warn"), 1)?;
+    let stepped = count(&outcome, "traced", "step");
+    check(&outcome, stepped > 0, "the threads never met")?;
+    let again: usize = ["traced", "cpu"].map(|name| count(&outcome, name, "again")).iter().sum();
+    let expected = [1000 + stepped + again, 2000];
+    check_eq(&outcome, "faulted and taken", split_locks(&outcome), expected)
+}
+
+/// A guest that is let pass is not stepped any more: a thousand split locks cost no more exits than three.
+fn ends() -> Result<()> {
+    let source = SldSource::Trace;
+    let stepped = |name: &str| -> Result<u64> {
+        let guest = find(name)?;
+        let outcome = boot_guests_by(Policy::Warn, source, &[guest], machine_for(source))?;
+        check_orderly(&outcome)?;
+        check_guest(&outcome, guest, Situation::Warn)?;
+        Ok(exits(&outcome, name, "monitor-trap-flag"))
+    };
+    let (few, many) = (stepped("split-add-cpl0")?, stepped("split-storm")?);
+    anyhow::ensure!(few > 1000 && many.abs_diff(few) < 1000, "{few} and {many} were stepped");
+    Ok(())
+}
+
+/// Who says nothing gets the CPU's detection where it works, and is traced where it does not.
+fn chosen() -> Result<()> {
+    for (sld, source) in [(true, "msr"), (false, "trace")] {
+        let config = HvConfig::new(Policy::Step, vec![Vm::of_guest(find("split-add-cpl0")?)]);
+        let outcome = vms::run(&config, MachineConfig { sld, ..MachineConfig::default() })?;
+        let found = outcome.events.iter().find_map(|event| match &event.body {
+            Body::Boot { sld_source, .. } => Some(sld_source.as_str()),
+            _ => None,
+        });
+        check_eq(&outcome, "source", found, Some(source))?;
+        check_eq(&outcome, "steps", count(&outcome, "split-add-cpl0", "step"), 3)?;
+        let is_trace_bit = |body: &Body| matches!(body, Body::TraceBit { .. });
+        let trace_bits = outcome.events.iter().any(|event| is_trace_bit(&event.body));
+        check_eq(&outcome, "bits of the software", trace_bits, !sld)?;
+    }
+    Ok(())
+}
+
+/// A VM that is to have the CPU's detection and cannot is refused; the others run.
+fn refused() -> Result<()> {
+    let vms = vec![
+        storm("insists", SldSource::Msr, Policy::Warn)?,
+        storm("traced", SldSource::Trace, Policy::Step)?,
+    ];
+    let config = HvConfig::new(Policy::Warn, vms);
+    let machine = MachineConfig { sld: false, ..MachineConfig::default() };
+    let outcome =
+        machine_tests::hypervisor::boot(&vms::setup(config.to_text()?, &config.vms)?, machine)?;
+    let why = outcome.events.iter().find_map(|event| match &event.body {
+        Body::VmRefused { vm, why } if vm == "insists" => Some(why.as_str()),
+        _ => None,
+    });
+    let expected =
+        "source msr: this machine's CPUs have no split-lock detection; use source auto or trace";
+    check_eq(&outcome, "refusal", why, Some(expected))?;
+    check_status(&outcome, "traced")?;
+    check_eq(&outcome, "steps", count(&outcome, "traced", "step"), 1000)
+}
