@@ -349,7 +349,14 @@ impl Loaded<'_> {
         {
             return self.trace(host);
         }
+        let only_stepped =
+            self.vcpu.step == Step::SPLIT_LOCK && after == Some(BasicReason::MONITOR_TRAP_FLAG);
         self.end_split_lock_step(host)?;
+        if only_stepped && now < self.vcpu.stop_at {
+            // All else was attended to right before the step. What has come since then kicks.
+            self.tick(now);
+            return Ok(true);
+        }
         // An instruction that exits is carried out by the hypervisor, and no trap comes after it.
         if self.vcpu.step.contains(Step::HOLE) && !after.is_some_and(comes_back) {
             self.step_done(host);

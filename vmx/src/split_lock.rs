@@ -87,6 +87,8 @@ impl fmt::Display for AcOutcome {
     }
 }
 
+/// Of the segment registers, ES to GS, the number of FS.
+const FS: usize = 4;
 /// The longest instruction, in bytes.
 const MAX_INSTRUCTION: u64 = 15;
 
@@ -351,17 +353,22 @@ impl Loaded<'_> {
     pub(crate) fn emulator_state(&self, rip: u64) -> State {
         let mut registers = self.vcpu.state.registers;
         registers[RSP] = self.vmcs.read(GUEST_RSP);
+        let in_64_bit_mode = self.in_64_bit_mode();
         let mut segments = [Segment::default(); 6];
-        for (segment, fields) in segments.iter_mut().zip(GUEST_SEGMENTS) {
-            let base = self.vmcs.read(fields.base);
-            let [limit, rights] = [fields.limit, fields.rights].map(|field| self.vmcs.read(field));
-            *segment = Segment { base, limit, rights };
+        for (index, (segment, fields)) in segments.iter_mut().zip(GUEST_SEGMENTS).enumerate() {
+            // 64-bit mode has no other segments than FS and GS, and these have no limits.
+            if !in_64_bit_mode || index >= FS {
+                segment.base = self.vmcs.read(fields.base);
+            }
+            if !in_64_bit_mode {
+                segment.limit = self.vmcs.read(fields.limit);
+                segment.rights = self.vmcs.read(fields.rights);
+            }
         }
         let cr0 = self.vmcs.read(GUEST_CR0);
         let cr4 = self.vmcs.read(GUEST_CR4);
         let rflags = self.vmcs.read(GUEST_RFLAGS);
-        let [_, _, stack, ..] = segments;
-        let user = stack.rights >> 5 & 3 == 3;
+        let user = self.vmcs.read(GUEST_SS_ACCESS_RIGHTS) >> 5 & 3 == 3;
         let (paging, pdptes) = self.paging();
         State {
             registers,

@@ -5,6 +5,7 @@
 //! measure from inside, the switches between vCPUs, and what the same exits take on several CPUs, whose
 //! common time-stamp counter counts no single CPU's instructions.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::fmt::Write;
 use std::fs;
@@ -47,6 +48,15 @@ const DOCUMENT: &str = "docs/performance.md";
 /// Rows of runs of their own, of guests that do nothing on one CPU: so many vCPUs take turns.
 const SWITCHES: [(&str, u64); 3] =
     [("vcpu_switch", 2), ("vcpu_switch_8", 8), ("vcpu_switch_64", 64)];
+/// Policies whose split locks are measured in VMs of their own, each with its rows and how many exits an
+/// execution has.
+const POLICIES: [(Policy, &[(&str, usize)]); 3] = [
+    (Policy::Step, &[("ac_step", 2)]),
+    (Policy::Emulate, &[("ac_emulate", 1), ("ac_emulate_page", 1), ("ac_emulate_8b", 1)]),
+    (Policy::Warn, &[("ac_warn", 1)]),
+];
+/// A vCPU's turn in that run, in ticks: no VM has to wait for another.
+const WHOLE_RUN: u64 = 1_000_000_000;
 /// Exit reason "VMX-preemption timer expired".
 const PREEMPTION_TIMER: u16 = 52;
 /// A vCPU's turn in these runs, in ticks.
@@ -98,6 +108,11 @@ const ROWS: &[Row] = &[
     row("ept_fill_2m", "first touch of a 2 MiB page", Some(450), "3260"),
     row("ac_legacy", "#AC by legacy alignment checking", Some(250), "1740"),
     row("ac_split_lock", "#AC by the guest's own split-lock detection", Some(250), ""),
+    row("ac_step", "LOCK ADD across two lines, policy `step`", Some(600), ""),
+    row("ac_emulate", "the same, policy `emulate`", Some(2000), ""),
+    row("ac_emulate_page", "the same across two pages", Some(2000), ""),
+    row("ac_emulate_8b", "LOCK CMPXCHG8B across two lines, policy `emulate`", Some(2000), ""),
+    row("ac_warn", "LOCK ADD across two lines, policy `warn`: a task's first", None, "7150"),
     row("hlt_pending", "STI and HLT with an interrupt pending, and its handler", None, ""),
     row("vcpu_switch", "from one vCPU's exit to another's entry, 2 on a CPU", Some(700), ""),
     row("vcpu_switch_8", "the same with 8", Some(700), ""),
@@ -111,7 +126,7 @@ type Figures = Result<(u64, u64), String>;
 pub struct Measured {
     row: &'static Row,
     figures: Figures,
-    /// The hypervisor's instructions in the most frequent course of the row's exit, by function.
+    /// The hypervisor's instructions in the most frequent course of the row's exit or exits, by function.
     functions: Vec<(String, u64)>,
     /// The hypervisor's instructions, the median: on one CPU, on one of four, on all of four.
     in_hypervisor_on: [Option<u64>; 3],
@@ -206,13 +221,19 @@ pub fn measure(system: &System) -> Result<Vec<Measured>> {
     for (name, vcpus) in SWITCHES {
         switches.insert(name, switches_of(system, &vm, vcpus)?);
     }
+    let policies = run_machine(system, &policies_of(&vm)?, 1)?;
+    let exits_of = |name| {
+        let rows = POLICIES.iter().flat_map(|(_, rows)| rows.iter());
+        rows.clone().find(|(row, _)| *row == name).map(|(_, exits)| *exits)
+    };
     step.done();
 
     let read = |file: &Path| fs::read(file).with_context(|| format!("{}", file.display()));
     let (guest, kernel) = (read(system.guest(GUEST)?)?, read(system.kernel())?);
     let (guest, kernel) = (Functions::of(&guest)?, Functions::of(&kernel)?);
 
-    let mut printed = printed(&exits[0].serial)?;
+    let mut printed = rows_printed(&exits[0].serial)?;
+    printed.append(&mut rows_printed(&policies.serial)?);
     let mut measured = Vec::new();
     for row in ROWS {
         let (figures, visits, in_hypervisor_on) = if let Some(run) = switches.get(row.name) {
@@ -224,17 +245,46 @@ pub fn measure(system: &System) -> Result<Vec<Measured>> {
             let median = |run: &Run| figures(&run.visits(of_row)).ok().map(|(_, median)| median);
             let figures =
                 printed.remove(row.name).with_context(|| format!("no row {}", row.name))?;
-            (figures, exits[0].visits(of_row), exits.each_ref().map(median))
+            match exits_of(row.name) {
+                Some(_) => (figures, policies.visits(of_row), [None; 3]),
+                None => (figures, exits[0].visits(of_row), exits.each_ref().map(median)),
+            }
         };
-        let usual = visits.iter().max_by_key(|visit| visit.count);
-        let functions = usual.map(|visit| visit.by_function(&kernel)).transpose()?;
-        let functions = functions.unwrap_or_default();
+        let functions = usual(&visits, exits_of(row.name).unwrap_or(1), &kernel)?;
         measured.push(Measured { row, figures, functions, in_hypervisor_on });
     }
     if let Some(name) = printed.keys().next() {
         bail!("the guest measured {name:?}, of which nothing is known here");
     }
     Ok(measured)
+}
+
+/// A run of a VM for each of [`POLICIES`], whose guest does not know of detection.
+fn policies_of(vm: &Vm) -> Result<Setup> {
+    let splitting = |(policy, _): &(Policy, _)| Vm {
+        name: format!("{GUEST}-{policy}"),
+        expose_sld: false,
+        policy: Some(*policy),
+        cmdline: format!("policy={policy}"),
+        ..vm.clone()
+    };
+    setup(Some(WHOLE_RUN), POLICIES.iter().map(splitting).collect())
+}
+
+/// The hypervisor's instructions by function, the greatest first, in the most frequent courses of an
+/// instruction that exits so many times.
+fn usual(visits: &[&Visit], exits: usize, kernel: &Functions<'_>) -> Result<Vec<(String, u64)>> {
+    let mut visits = visits.to_vec();
+    visits.sort_by_key(|visit| Reverse(visit.count));
+    let mut sums: BTreeMap<String, u64> = BTreeMap::new();
+    for visit in visits.into_iter().take(exits) {
+        for (function, times) in visit.by_function(kernel)? {
+            *sums.entry(function).or_default() += times;
+        }
+    }
+    let mut sums: Vec<_> = sums.into_iter().collect();
+    sums.sort_by_key(|(_, times)| Reverse(*times));
+    Ok(sums)
 }
 
 /// A run of so many vCPUs that take turns on one CPU and do nothing else. Their settings are the same,
@@ -306,9 +356,12 @@ fn run_machine(system: &System, setup: &Setup, cpus: u32) -> Result<Run> {
 }
 
 /// The rows among the lines of a log, by name.
-fn printed(log: &str) -> Result<BTreeMap<String, Figures>> {
-    let prefix = format!("[{GUEST}] bench ");
-    let lines = log.lines().filter_map(|line| line.trim_end().strip_prefix(&prefix));
+fn rows_printed(log: &str) -> Result<BTreeMap<String, Figures>> {
+    let prefix = format!("[{GUEST}");
+    let lines = log.lines().filter_map(|line| {
+        let (_, row) = line.trim_end().strip_prefix(&prefix)?.split_once("] bench ")?;
+        Some(row)
+    });
     lines.map(|line| printed_row(line).with_context(|| format!("not a row: {line}"))).collect()
 }
 
@@ -466,12 +519,12 @@ mod tests {
     #[test]
     fn rows_are_read_from_among_other_lines() {
         let log = "VM bench: 64 MiB\r\n[bench] bench cpuid min 123 median 125 n 100\r\n\
-                   [bench] bench ept_fill_4k none (no exit by 9 first touches)\r\n[bench] ok\r\n";
-        let rows = printed(log).unwrap();
+                   [bench-step] bench ept_fill_4k none (no exit by 9 first touches)\r\n[bench] ok\r\n";
+        let rows = rows_printed(log).unwrap();
         assert_eq!(rows.len(), 2);
         assert_eq!(rows["cpuid"], Ok((123, 125)));
         assert_eq!(rows["ept_fill_4k"], Err("no exit by 9 first touches".to_owned()));
-        assert!(printed("[bench] bench cpuid min 123 median\n").is_err());
+        assert!(rows_printed("[bench] bench cpuid min 123 median\n").is_err());
     }
 
     #[test]

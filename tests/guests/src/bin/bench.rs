@@ -10,11 +10,12 @@
 //! Each row's instruction stands in a function of its own, `timed` in a module of the row's name: a
 //! profiler outside knows by the guest's RIP which row an exit belongs to.
 //!
-//! Command line: `n=` executions of a row (100, at most 1000); `spin=`: instead of all this, read
+//! Command line: `n=` executions of a row (100, at most 1000). `spin=`: instead of all this, read
 //! the time-stamp counter until it has advanced by so much, for a machine with several such guests
-//! to show what switching between them costs.
+//! to show what switching between them costs. `policy=` `step`, `emulate` or `warn`: instead of all
+//! this, split locks in a VM that has this policy.
 //!
-//! Exit codes: success; 0x30 to 0x32, see the constants.
+//! Exit codes: success; 0x30 to 0x33, see the constants.
 
 #![no_std]
 #![no_main]
@@ -34,6 +35,7 @@ guest!(main);
 const COUNT: Failure = Failure::new(0x30, "the number of executions is not 1 to 1000");
 const REGISTER: Failure = Failure::new(0x31, "bit 29 of MSR 0x33 cannot be set and cleared");
 const INTERRUPTS: Failure = Failure::new(0x32, "the local APIC takes no self IPI or no EOI");
+const POLICY: Failure = Failure::new(0x33, "nothing is measured of this policy");
 
 /// Executions before those that count.
 const WARM_UP: usize = 10;
@@ -140,6 +142,11 @@ row!(ac_legacy, [], "mov [rdi], esi",
     outside ["pushfq", "or dword ptr [rsp], 0x40000", "popfq"],
     ["pushfq", "and dword ptr [rsp], ~0x40000", "popfq"]);
 row!(ac_split_lock, [], "xchg [rdi], esi");
+row!(ac_step, [], "lock add [rdi], esi");
+row!(ac_emulate, [], "lock add [rdi], esi");
+row!(ac_emulate_page, [], "lock add [rdi], esi");
+row!(ac_emulate_8b, [], "lock cmpxchg8b [rdi]");
+row!(ac_warn, [], "lock add [rdi], esi");
 row!(hlt_pending, [], "sti; hlt", outside [], ["cli"]);
 
 /// Handles an exception without error code: goes on behind the two bytes of what raised it.
@@ -159,6 +166,10 @@ unsafe extern "C" fn skip_with_error_code() {
 unsafe extern "C" fn come_back() {
     naked_asm!("iretq")
 }
+
+/// Memory with places across two cache lines and across two pages.
+#[repr(C, align(4096))]
+struct Pages([u8; 8192]);
 
 /// Executes rows and prints them.
 struct Bench {
@@ -344,12 +355,39 @@ impl Bench {
         REGISTER.unless(unsafe { cpu::wrmsr(TEST_CTRL, 0) }.is_ok())
     }
 
+    /// Split locks of a guest that does not know of detection, under this policy.
+    fn policy(&mut self, policy: &str) -> Result<(), Failure> {
+        let mut pages = Pages([0; 8192]);
+        let [across_lines, across_pages] =
+            [&raw mut pages.0[62] as u64, &raw mut pages.0[4094] as u64];
+        // SAFETY: the operands are this function's memory.
+        unsafe {
+            match policy {
+                "step" => {
+                    self.time(ac_step::ROW, |_| (across_lines, 1));
+                }
+                "emulate" => {
+                    self.time(ac_emulate::ROW, |_| (across_lines, 1));
+                    self.time(ac_emulate_page::ROW, |_| (across_pages, 1));
+                    self.time(ac_emulate_8b::ROW, |_| (across_lines, 0));
+                }
+                "warn" => {
+                    let overhead = self.overhead(&ac_warn::ROW);
+                    let ticks = (ac_warn::ROW.timed)(across_lines, 1);
+                    // The first one alone is seen.
+                    self.samples[0] = ticks.saturating_sub(overhead);
+                    self.print(ac_warn::ROW.name, 1);
+                }
+                _ => return Err(POLICY),
+            }
+        }
+        Ok(())
+    }
+
     /// Times a row whose access across two cache lines raises #AC, if it does.
     fn alignment_check(&mut self, row: Row, raised: bool) {
-        #[repr(C, align(64))]
-        struct Lines([u8; 128]);
-        let mut lines = Lines([0; 128]);
-        let across = &raw mut lines.0[62];
+        let mut pages = Pages([0; 8192]);
+        let across = &raw mut pages.0[62];
 
         if !raised {
             println!("bench {} none (no #AC)", row.name);
@@ -372,6 +410,9 @@ fn main(boot: &Boot) -> Result<(), Failure> {
     let executions = boot.number("n").unwrap_or(100) as usize;
     COUNT.unless((1..=MAX_EXECUTIONS).contains(&executions))?;
     let mut bench = Bench { executions, samples: [0; MAX_EXECUTIONS] };
+    if let Some(policy) = boot.value("policy") {
+        return bench.policy(policy);
+    }
 
     bench.console();
     // SAFETY: (1) the UART's scratch register is nobody's; (2) the handler skips the two bytes of
