@@ -1,7 +1,6 @@
 //! From the loader to the last VM's end.
 
 use alloc::boxed::Box;
-use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 
@@ -11,16 +10,17 @@ use bootloader_api::{BootInfo, BootloaderConfig, entry_point};
 use sld::{Detection, Policy, Source};
 
 use crate::config::{AtEnd, Config};
+use crate::fleet;
 use crate::inbox::Message;
-use crate::percpu::{self, MAX_CPUS, PerCpu};
+use crate::operator::Operator;
+use crate::percpu::{self, MAX_CPUS};
 use crate::ramdisk::{self, Ramdisk, RamdiskError};
 use crate::sched;
 use crate::screen::Screen;
 use crate::smp::BootCpu;
 use crate::source::Wishes;
 use crate::summary::{self, Ending};
-use crate::task::VcpuTask;
-use crate::vm::{Bitmaps, Factory, Vm};
+use crate::vm::{Bitmaps, Factory};
 use crate::x86::{cpu, mca};
 use crate::{acpi, console, events, hardware, logger, memory, platform, power, serial};
 
@@ -119,12 +119,14 @@ fn run(
     let page = memory::low_page(&info.memory_regions);
     boot.start_others(&apic_ids, limit, page, (wishes, policy));
     let domains = wishes.on(boot.detection, boot.cpu.sld.mode());
-    let source = domains.default_source();
-    say_boot(&boot, &config, source, firmware(info));
-    let factory = Factory { caps: &boot.caps, bitmaps, ramdisk, domains };
-    let vms = make_vms(&factory, &config, source);
-    sched::set_vms(&vms);
-    drop(vms);
+    say_boot(&boot, &config, domains.default_source(), firmware(info));
+    let caps = Box::leak(Box::new(boot.caps));
+    let config: &'static Config = Box::leak(Box::new(config));
+    fleet::initialize(Factory { caps, bitmaps, ramdisk, domains }, &config.vms);
+    sched::set_vms(make_vms());
+    if config.console {
+        boot.cpu.operator = Some(Box::new(Operator::new()));
+    }
     boot.run();
     boot.leave();
     shut_down();
@@ -172,56 +174,24 @@ fn say_boot(boot: &BootCpu, config: &Config, source: Source, firmware: &str) {
     }
 }
 
-/// Makes the VMs and gives each vCPU to the CPU that has the least to do.
-fn make_vms(factory: &Factory<'_>, config: &Config, usual: Source) -> Vec<Arc<Vm>> {
+/// Makes the VMs and gives each vCPU to the CPU that has the least to do. How many VMs there are.
+fn make_vms() -> u32 {
     let mut loads = [0; MAX_CPUS];
-    let mut vms = Vec::with_capacity(config.vms.len());
-    let mut vcpus = 0;
-    for vm_config in &config.vms {
-        let name = vm_config.name.as_str();
-        match factory.build(vm_config, vcpus) {
-            Ok((vm, tasks)) => {
-                let bytes = vm.memory.len();
-                let policy = vm.policy.policy();
-                if vm.source == usual {
-                    log::info!("VM {name}: {} MiB, policy {policy}", bytes >> 20);
-                } else {
-                    let source = vm.source;
-                    log::info!("VM {name}: {} MiB, policy {policy}, source {source}", bytes >> 20);
-                }
-                events::write(percpu::stamp(), "vm-start", |json| {
-                    json.text("vm", name)?;
-                    json.text("policy", policy)?;
-                    json.text("source", vm.source)?;
-                    json.flag("exposed", vm.policy.exposed())?;
-                    json.number("vcpus", vm.placement.vcpus)?;
-                    json.number("weight", vm.placement.weight)?;
-                    json.number("memory_bytes", bytes)
-                });
-                summary::started(name, vm.policy.policy(), vm.placement.vcpus);
-                vcpus += tasks.len();
-                tasks.into_iter().for_each(|task| place(task, &vm, &mut loads));
-                vms.push(vm);
-            }
+    let mut count = 0;
+    for place in fleet::places() {
+        let made = place.plan().and_then(|mut plan| {
+            while !plan.fill()? {}
+            place.start(plan, &mut loads, |task, cpu| cpu.inbox.push(Message::Take(task)))
+        });
+        match made {
+            Ok(()) => count += 1,
             Err(why) => {
-                log::error!("VM {name} cannot start: {why}");
-                summary::refused(name, &why);
-                events::write(percpu::stamp(), "vm-refused", |json| {
-                    json.text("vm", name)?;
-                    json.text("why", why)
-                });
+                place.refuse(&why);
+                summary::refused(&place.config.name, &why);
             }
         }
     }
-    vms
-}
-
-fn place(task: VcpuTask, vm: &Vm, loads: &mut [u64; MAX_CPUS]) {
-    let allowed = percpu::all(percpu::online() & vm.placement.cpus);
-    let least = allowed.min_by_key(|cpu: &&PerCpu| loads[cpu.index as usize]);
-    let cpu = least.expect("a placement names CPUs that are online");
-    loads[cpu.index as usize] += u64::from(vm.placement.weight);
-    cpu.inbox.push(Message::Take(Box::new(task)));
+    count
 }
 
 fn shut_down() {

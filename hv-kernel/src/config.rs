@@ -92,6 +92,9 @@ pub struct Config {
     /// What becomes of the machine at the end.
     #[serde(default, deserialize_with = "at_end")]
     pub at_end: AtEnd,
+    /// Whether the serial ports that have the log take commands.
+    #[serde(default)]
+    pub console: bool,
     /// The VMs, which all run at the same time.
     #[serde(default, rename = "vm")]
     pub vms: Vec<VmConfig>,
@@ -410,8 +413,10 @@ mod tests {
     #[test]
     fn defaults() {
         let config = Config::parse(format!("sld = \"warn\"\n{VM}").as_bytes()).unwrap();
-        assert!(!config.vms[0].expose_sld && config.vms[0].policy.is_none());
+        assert!(!config.vms[0].expose_sld && config.vms[0].policy.is_none() && !config.console);
         assert_eq!((config.source, config.vms[0].source), (Source::Auto, None));
+        let text = format!("sld = \"warn\"\nconsole = true\n{VM}");
+        assert!(Config::parse(text.as_bytes()).unwrap().console);
     }
 
     #[test]

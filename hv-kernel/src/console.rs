@@ -19,6 +19,7 @@ static CONSOLE: Mutex<Console> = Mutex::new(Console {
     ports: Ports::none(),
     screen: Screen::none(),
     kept: Kept::Early(ArrayVec::new_const()),
+    is_typing: false,
 });
 
 /// All that people see.
@@ -27,6 +28,8 @@ pub struct Console {
     /// The screen.
     pub screen: Screen,
     kept: Kept,
+    /// On the serial ports, the cursor stands behind what somebody types.
+    is_typing: bool,
 }
 
 /// The log that outlives a restart.
@@ -106,6 +109,7 @@ impl Console {
 
     /// A line of a guest's output: not kept, since a guest may write without end.
     pub fn guest(&mut self, name: &str, text: &str) {
+        self.end_typing();
         let _ = writeln!(Clean(&mut self.ports), "[{name}] {text}");
         self.screen.write(Colour::Guest, format_args!("[{name}]"));
         self.screen.write(Colour::Text, format_args!(" {text}"));
@@ -114,6 +118,7 @@ impl Console {
 
     /// A line for the serial ports and the log that is kept.
     pub fn write_unseen(&mut self, text: fmt::Arguments<'_>) {
+        self.end_typing();
         // Ports and log take everything, and what is printed has no failing formatters.
         let _ = writeln!(Clean(&mut self.ports), "{text}");
         let _ = writeln!(Clean(&mut self.kept), "{text}");
@@ -123,6 +128,46 @@ impl Console {
     pub fn write_screen(&mut self, colour: Colour, text: fmt::Arguments<'_>) {
         self.screen.write(colour, text);
         self.screen.end_line();
+    }
+
+    /// Takes what has come in on the serial ports, `room` bytes at most.
+    pub fn receive(&mut self, room: usize, take: impl FnMut(u8)) {
+        self.ports.receive(room, take);
+    }
+
+    /// Whether a line that is being typed stands on the serial ports, and nothing after it.
+    pub fn is_typing(&self) -> bool {
+        self.is_typing
+    }
+
+    /// Shows what is being typed, where it is being typed.
+    pub fn typing(&mut self, text: &str) {
+        let _ = self.ports.write_str(text);
+        self.is_typing = true;
+    }
+
+    /// A line that was typed is complete.
+    pub fn typed(&mut self, text: fmt::Arguments<'_>) {
+        if self.is_typing {
+            self.end_typing();
+        } else {
+            let _ = writeln!(Clean(&mut self.ports), "{text}");
+        }
+        let _ = writeln!(Clean(&mut self.kept), "{text}");
+        self.write_screen(Colour::Text, text);
+    }
+
+    /// A line of the answer.
+    pub fn answer(&mut self, line: &str) {
+        self.write_unseen(format_args!("{line}"));
+        self.write_screen(Colour::Text, format_args!("{line}"));
+    }
+
+    /// What comes next begins on a line of its own.
+    fn end_typing(&mut self) {
+        if core::mem::take(&mut self.is_typing) {
+            let _ = self.ports.write_str("\r\n");
+        }
     }
 
     /// Waits until everything is out.
@@ -283,7 +328,8 @@ mod tests {
             lines.write_back(99);
         }
         assert_eq!(lines.used, 300);
-        let mut console = Console { ports: Ports::none(), screen: Screen::none(), kept };
+        let mut console =
+            Console { ports: Ports::none(), screen: Screen::none(), kept, is_typing: false };
         console.keep(None);
         assert!(!console.is_kept());
     }

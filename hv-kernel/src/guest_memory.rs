@@ -19,14 +19,15 @@ pub struct GuestMemory {
 }
 
 impl GuestMemory {
-    /// Zeroed memory of `bytes`, a multiple of 2 MiB; `None` if there is not enough.
-    pub fn new(bytes: u64) -> Option<Self> {
-        let count = (bytes / LARGE_FRAME) as usize;
-        let mut memory = Self { frames: Vec::with_capacity(count) };
-        for _ in 0..count {
-            memory.frames.push(memory::allocate_large_frame()?);
-        }
-        Some(memory)
+    /// None yet; it grows to `bytes`, a multiple of 2 MiB.
+    pub fn with_room_for(bytes: u64) -> Self {
+        Self { frames: Vec::with_capacity((bytes / LARGE_FRAME) as usize) }
+    }
+
+    /// Adds 2 MiB of zeroed memory; `None` if there are none.
+    pub fn grow(&mut self) -> Option<()> {
+        self.frames.push(memory::allocate_large_frame()?);
+        Some(())
     }
 
     /// In bytes.

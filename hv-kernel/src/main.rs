@@ -20,6 +20,7 @@ mod gate;
 mod keyboard;
 mod logger;
 mod machine_check;
+mod monitor;
 mod mtrr;
 mod pvh;
 mod ramdisk;
@@ -34,6 +35,8 @@ mod wake;
 #[cfg(not(test))]
 mod boot;
 mod counters;
+#[cfg(not(test))]
+mod fleet;
 mod guest_memory;
 #[cfg(not(test))]
 mod hardware;
@@ -42,6 +45,8 @@ mod inbox;
 #[cfg(not(test))]
 mod mem_functions;
 mod memory;
+#[cfg(not(test))]
+mod operator;
 #[cfg(not(test))]
 mod panic;
 #[cfg(not(test))]

@@ -9,7 +9,6 @@
 //! entry. With nobody else waiting, it stays where it is.
 
 use alloc::boxed::Box;
-use alloc::sync::{Arc, Weak};
 use alloc::vec::Vec;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
@@ -17,7 +16,7 @@ use sld::{
     MsrFault, PreemptionDisabled, RealBit, SoftwareTestCtrl, Task, TestCtrl, ThisCpu, Violation,
     Written,
 };
-use spin::{Mutex, Once};
+use spin::Mutex;
 use vmx::instruction::now;
 use vmx::run::End;
 use vmx::vcpu::HostState;
@@ -26,7 +25,9 @@ use crate::console;
 use crate::counters::Counters;
 use crate::deadlines::Deadlines;
 use crate::events::{self, Event, Ring};
+use crate::fleet::{self, Last, Place};
 use crate::inbox::Message;
+use crate::operator::Operator;
 use crate::percpu::{self, Core, PerCpu};
 use crate::platform;
 use crate::runqueue::RunQueue;
@@ -40,14 +41,12 @@ use crate::x86::msr::TestCtrlMsr;
 
 /// CPUs that sleep or are about to.
 static IDLE: AtomicU64 = AtomicU64::new(0);
-/// VMs that are not over and done with.
+/// VMs that are not over and done with, and what else keeps the run open: [`hold`].
 static VMS_LEFT: AtomicU32 = AtomicU32::new(0);
 /// All loads, where they are limited.
 static LOADS: AtomicU64 = AtomicU64::new(0);
 /// Invariants that did not hold.
 static VIOLATIONS: AtomicU64 = AtomicU64::new(0);
-/// All VMs: a load limit ends them.
-static VMS: Once<Vec<Weak<Vm>>> = Once::new();
 /// What the VMs that are done with have counted, and how many they were.
 static TOTALS: Mutex<(Counters, u64)> = Mutex::new((Counters::new(), 0));
 /// All VMs are done with: the CPUs leave [`Cpu::run`].
@@ -182,6 +181,8 @@ pub struct Cpu {
     floor: u64,
     /// The next CPU to even out with.
     neighbour: u32,
+    /// The console, on the boot CPU if there is one.
+    pub operator: Option<Box<Operator>>,
 }
 
 impl Cpu {
@@ -207,6 +208,7 @@ impl Cpu {
             deadlines: Deadlines::new(MAX_VCPUS),
             floor: 0,
             neighbour: shared.index,
+            operator: None,
         }
     }
 
@@ -220,6 +222,7 @@ impl Cpu {
             self.shared.kicked.store(false, Ordering::Relaxed);
             self.receive();
             self.wake_due();
+            self.attend_operator();
             let next = match last.take() {
                 Some(task) => {
                     Some(self.queue.push_pop(task.thread.vruntime, task.is_movable(), task))
@@ -309,6 +312,23 @@ impl Cpu {
         }
     }
 
+    /// How long until the console has something to do, in ticks of the TSC.
+    pub fn ticks_to_operator(&self, now: u64) -> u64 {
+        self.operator.as_ref().map_or(u64::MAX, |operator| operator.due().saturating_sub(now))
+    }
+
+    /// Whether the console has something to do.
+    pub fn is_operator_waiting(&mut self) -> bool {
+        self.operator.as_mut().is_some_and(|operator| operator.is_waiting())
+    }
+
+    fn attend_operator(&mut self) {
+        if let Some(mut operator) = self.operator.take() {
+            operator.attend(self);
+            self.operator = Some(operator);
+        }
+    }
+
     /// Whether nobody else waits for this CPU, also of those that were sent or are due just now.
     pub fn is_idle_otherwise(&mut self) -> bool {
         self.queue.len() == 0 && {
@@ -337,6 +357,11 @@ impl Cpu {
         if self.policy.migrate_exits.is_some() {
             task.thread.exits_on_arrival = task.exits();
         }
+        self.send(task, target);
+    }
+
+    /// Sends a task whose VMCS is active nowhere to a CPU, which is kicked if it sleeps.
+    pub fn send(&self, task: Box<VcpuTask>, target: &'static PerCpu) {
         target.inbox.push(Message::Take(task));
         if IDLE.fetch_and(!target.bit(), Ordering::SeqCst) & target.bit() != 0 {
             target.kick(self.apic);
@@ -475,6 +500,8 @@ impl Cpu {
         IDLE.fetch_or(self.shared.bit(), Ordering::SeqCst);
         // Who has sent something since looks at `IDLE` after it, and kicks.
         let deadline = self.deadlines.first().map(|(deadline, _)| deadline);
+        let due = self.operator.as_ref().map(|operator| operator.due());
+        let deadline = deadline.into_iter().chain(due).min();
         let sleeps = self.shared.inbox.is_empty()
             && !DONE.load(Ordering::SeqCst)
             && self.ring.is_empty()
@@ -652,8 +679,8 @@ impl Cpu {
     pub fn count_load(&self) {
         let Some(limit) = self.policy.stop_after_loads else { return };
         if LOADS.fetch_add(1, Ordering::Relaxed) == limit {
-            let vms = VMS.get().into_iter().flatten();
-            vms.filter_map(Weak::upgrade).for_each(|vm| self.end_vm(&vm, Reason::LoadLimit));
+            let vms = fleet::places().iter().filter_map(Place::vm);
+            vms.for_each(|vm| self.end_vm(&vm, Reason::LoadLimit));
         }
     }
 
@@ -674,9 +701,14 @@ impl Cpu {
         if let Some(sum) = vm.retire(&counters) {
             vm_ended(&vm, &sum);
             drop(vm);
-            if VMS_LEFT.fetch_sub(1, Ordering::AcqRel) == 1 {
-                self.finish();
-            }
+            self.release();
+        }
+    }
+
+    /// One less that keeps the run open.
+    pub fn release(&self) {
+        if VMS_LEFT.fetch_sub(1, Ordering::AcqRel) == 1 {
+            self.finish();
         }
     }
 
@@ -704,6 +736,7 @@ fn vm_ended(vm: &Vm, counters: &Counters) {
             "VM {name} is stopped: #AC although split-lock detection is off. The CPU or the \
              firmware misbehaves"
         ),
+        Reason::Stopped => log::info!("VM {name} is stopped"),
         other => log::warn!("VM {name} has ended: {other}"),
     }
     events::write(percpu::stamp(), "vm-end", |json| {
@@ -719,21 +752,28 @@ fn vm_ended(vm: &Vm, counters: &Counters) {
         Reason::End(End::Exit(status)) => {
             summary::ended(name, format_args!("exit {status}"), Colour::Text, locks);
         }
+        Reason::Stopped => summary::ended(name, format_args!("{reason}"), Colour::Text, locks),
         Reason::End(End::SplitLock) | Reason::Halt | Reason::TimeLimit | Reason::LoadLimit => {
             summary::ended(name, format_args!("{reason}"), Colour::Warning, locks);
         }
         Reason::End(_) => summary::ended(name, format_args!("{reason}"), Colour::Error, locks),
     }
+    vm.set_last(Last { reason, counters: counters.clone() });
     let mut totals = TOTALS.lock();
     totals.0.add(counters);
     totals.1 += 1;
 }
 
-/// Says which VMs there are, before any CPU runs one.
-pub fn set_vms(vms: &[Arc<Vm>]) {
-    VMS_LEFT.store(vms.len() as u32, Ordering::Release);
-    VMS.call_once(|| vms.iter().map(Arc::downgrade).collect());
-    DONE.store(vms.is_empty(), Ordering::Release);
+/// Says how many VMs there are, before any CPU runs one.
+pub fn set_vms(count: u32) {
+    VMS_LEFT.store(count, Ordering::Release);
+    DONE.store(count == 0, Ordering::Release);
+}
+
+/// Keeps the run open, as one more VM would, until [`Cpu::release`]. False if it is over already.
+pub fn hold() -> bool {
+    let add = |left: u32| (left > 0).then(|| left + 1);
+    VMS_LEFT.fetch_update(Ordering::AcqRel, Ordering::Acquire, add).is_ok()
 }
 
 /// What the VMs have counted, how many they were, and how many invariants did not hold.

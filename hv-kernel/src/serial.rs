@@ -250,6 +250,19 @@ impl<B: Backend, const N: usize> Ports<B, N> {
         }
     }
 
+    /// Takes what has come in, `room` bytes at most. Never waits.
+    pub fn receive(&mut self, room: usize, mut take: impl FnMut(u8)) {
+        let mut left = room;
+        for uart in &mut self.0 {
+            while left > 0
+                && let Ok(byte) = uart.uart.try_receive_byte()
+            {
+                take(byte);
+                left -= 1;
+            }
+        }
+    }
+
     /// Waits until the last byte is on the wire: before the power goes off.
     pub fn flush(&mut self) {
         self.0.iter_mut().for_each(|uart| uart.flush(PATIENCE));

@@ -18,16 +18,21 @@ const MAX_END: usize = 60;
 const MAX_WHY: usize = 200;
 /// The longest line of the table.
 const MAX_LINE: usize = 320;
+/// How many rows the table has: a VM that is started again has one more.
+const MAX_ROWS: usize = 2 * MAX_VMS;
 /// Rows of the page that are not the table's.
 const OTHER_ROWS: usize = 15;
 
 /// What the page tells. Filled in as it happens; nothing is allocated, since VMs end on guests' paths.
-static RUN: Mutex<Run> = Mutex::new(Run { host: None, vms: ArrayVec::new_const() });
+static RUN: Mutex<Run> =
+    Mutex::new(Run { host: None, vms: ArrayVec::new_const(), left_out: SplitLocks::new() });
 
 struct Run {
     host: Option<Host>,
-    /// In the configuration's order.
-    vms: ArrayVec<Row, MAX_VMS>,
+    /// In the configuration's order; then those that were started again.
+    vms: ArrayVec<Row, MAX_ROWS>,
+    /// Split locks of those that there is no room for.
+    left_out: SplitLocks,
 }
 
 /// The machine, once it is up.
@@ -103,13 +108,19 @@ pub fn refused(name: &str, why: impl fmt::Display) {
 }
 
 fn add(row: Row) {
-    // The configuration has no more VMs than there is room for.
-    let _ = RUN.lock().vms.try_push(row);
+    RUN.lock().add(row);
+}
+
+/// A VM has another policy.
+pub fn policy(name: &str, policy: Policy) {
+    if let Some(row) = RUN.lock().latest(name) {
+        row.policy = Some(policy);
+    }
 }
 
 /// A VM is over.
 pub fn ended(name: &str, how: fmt::Arguments<'_>, colour: Colour, split_locks: &SplitLocks) {
-    if let Some(row) = RUN.lock().vms.iter_mut().find(|row| &*row.name == name) {
+    if let Some(row) = RUN.lock().latest(name) {
         (row.end, row.colour, row.split_locks) = (Short::of(how), colour, *split_locks);
     }
 }
@@ -120,7 +131,7 @@ pub fn show(console: &mut Console, ending: Ending<'_>, at_end: AtEnd) {
     if let Ending::Finished { .. } = ending {
         let mut log = Unseen { console, line: Short::new() };
         log.line(Colour::Text, format_args!(""));
-        run.table(&mut log, MAX_VMS);
+        run.table(&mut log, MAX_ROWS);
         run.totals(&mut log, ending);
     }
     let is_kept = console.is_kept();
@@ -139,6 +150,22 @@ pub fn show_advice(console: &mut Console, at_end: AtEnd) {
 }
 
 impl Run {
+    /// Adds a row. Without room, the oldest one of the same VM goes: each has one, and there are as
+    /// many more.
+    fn add(&mut self, row: Row) {
+        if self.vms.is_full()
+            && let Some(index) = self.vms.iter().position(|old| old.name == row.name)
+        {
+            self.left_out.add(&self.vms.remove(index).split_locks);
+        }
+        let _ = self.vms.try_push(row);
+    }
+
+    /// The row of the VM of this name, of those that it has the last.
+    fn latest(&mut self, name: &str) -> Option<&mut Row> {
+        self.vms.iter_mut().rev().find(|row| &*row.name == name)
+    }
+
     fn page(&self, page: &mut Page<impl Paper>, ending: Ending<'_>, at_end: AtEnd, is_kept: bool) {
         page.line(Colour::Text, format_args!(""));
         page.line(Colour::Text, format_args!("CPU        {}", CpuName));
@@ -220,9 +247,12 @@ impl Run {
 
     fn totals(&self, lines: &mut impl Lines, ending: Ending<'_>) {
         let Ending::Finished { exits, violations } = ending else { return };
-        let mut sum = SplitLocks::new();
+        let mut sum = self.left_out;
         self.vms.iter().for_each(|row| sum.add(&row.split_locks));
-        let vms = self.vms.len();
+        let is_first = |(index, row): &(usize, &Row)| {
+            self.vms[..*index].iter().all(|other| other.name != row.name)
+        };
+        let vms = self.vms.iter().enumerate().filter(is_first).count();
         lines.line(
             Colour::Text,
             format_args!(
@@ -544,7 +574,7 @@ mod tests {
     }
 
     fn run() -> Run {
-        let mut run = Run { host: None, vms: ArrayVec::new() };
+        let mut run = Run { host: None, vms: ArrayVec::new(), left_out: SplitLocks::new() };
         run.vms.push(row("split", locks(&[(Warn, 1)], false), "exit 33"));
         run.vms.push(row("sld-aware", locks(&[(Inject, 4), (Kill, 1)], false), "split lock"));
         run.vms.push(row("legacy", locks(&[(Inject, 6)], true), "still running"));

@@ -7,7 +7,8 @@ use core::mem;
 use core::sync::atomic::{AtomicU32, Ordering};
 
 use sld::{
-    AcContext, MsrFault, MsrWrite, PerSecond, RealBit, SldMode, Task, Verdict, VmPolicy, Written,
+    AcContext, MsrFault, MsrWrite, PerSecond, Policy, RealBit, SldMode, Task, Verdict, VmPolicy,
+    Written,
 };
 use vmx::addr::{GuestPhysAddr, HostPhysAddr};
 use vmx::apic::Ipi;
@@ -17,7 +18,7 @@ use vmx::instruction::now;
 use vmx::mailbox::Mailbox;
 use vmx::run::{Alone, End, Host, Poll, PortWrite, Stop};
 use vmx::split_lock::{AcOutcome, AcReport};
-use vmx::vcpu::Vcpu;
+use vmx::vcpu::{Counters as Exits, Vcpu};
 
 use crate::counters::Counters;
 use crate::devices::Devices;
@@ -25,7 +26,7 @@ use crate::events::{Event, Ring, Subject};
 use crate::guest_memory::GuestMemory;
 use crate::percpu::PerCpu;
 use crate::sched::{Cpu, SldCpu};
-use crate::vm::{Reason, Vm};
+use crate::vm::{Inspected, Reason, Vm};
 use crate::x86::mca;
 use crate::{console, memory};
 
@@ -112,7 +113,7 @@ impl VcpuTask {
         ticks: u64,
         aside: Option<VmPolicy>,
     ) -> Self {
-        let policy = vm.policy;
+        let policy = vm.policy();
         let number = u32::from(id) + 1;
         let thread = Thread {
             vm,
@@ -288,13 +289,16 @@ impl Cpu {
                 while written.is_ok() {
                     let start = now();
                     let slice = ticks.min(running.thread.ticks_left);
-                    let slice = slice.min(running.cpu.ticks_to_deadline(start).max(SHORTEST));
+                    let due = running.cpu.ticks_to_deadline(start);
+                    let due = due.min(running.cpu.ticks_to_operator(start));
+                    let slice = slice.min(due.max(SHORTEST));
                     stop = loaded.run(&mut running, slice);
                     let used = now().wrapping_sub(start);
                     running.thread.charge(used);
                     let goes_on = stop == Stop::Slice
                         && running.in_gate
                         && running.cpu.is_idle_otherwise()
+                        && !running.cpu.is_operator_waiting()
                         && running.thread.ticks_left != 0
                         && running.thread.has_written();
                     if !goes_on {
@@ -613,6 +617,22 @@ impl Host for Running<'_> {
         // Those that were held look again and again: nobody is to be woken.
         let _ = self.cpu.shared.core.gate.open(self.cpu.shared.thread);
         written.map(drop)
+    }
+
+    fn policy(&self) -> Policy {
+        self.thread.vm.policy().policy()
+    }
+
+    fn on_policy(&mut self, policy: Policy) {
+        self.thread.push(self.cpu.shared, Event::Policy(policy));
+        self.thread.vm.policy_taken(self.thread.index, policy);
+    }
+
+    fn on_inspect(&mut self, exits: &Exits) {
+        let counters = Counters { exits: exits.clone(), ..self.thread.counters.clone() };
+        let slot = &self.thread.vm.vcpus[self.thread.index as usize];
+        let cpu = self.cpu.shared.index;
+        *slot.inspected.lock() = Some(Inspected { cpu, counters });
     }
 
     #[inline(always)]

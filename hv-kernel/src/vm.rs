@@ -1,7 +1,7 @@
 //! A virtual machine: what its vCPUs share.
 
 use alloc::boxed::Box;
-use alloc::string::{String, ToString};
+use alloc::string::String;
 use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
@@ -9,7 +9,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
 
 use arrayvec::ArrayVec;
 use raw_cpuid::CpuIdReaderNative;
-use sld::{PerSecond, RateLimiter, Source, VmPolicy};
+use sld::{PerSecond, Policy, PolicyError, RateLimiter, Source, VmPolicy};
 use spin::{Mutex, Once};
 use vmx::addr::{GuestPhysAddr, HostPhysAddr};
 use vmx::bitmap::{IO_ALL_EXIT, MsrBitmap};
@@ -30,6 +30,7 @@ use crate::console::Console;
 use crate::counters::Counters;
 use crate::devices::Devices;
 use crate::events::Ring;
+use crate::fleet::{Last, Seat};
 use crate::frames::FRAME;
 use crate::gate::Gate;
 use crate::guest_memory::GuestMemory;
@@ -116,6 +117,32 @@ impl fmt::Display for StartError {
     }
 }
 
+/// Why a VM's policy cannot be changed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Unchangeable {
+    /// Its split locks are not detected.
+    Undetected,
+    /// The host's mode does not allow it.
+    Policy(PolicyError),
+}
+
+impl From<PolicyError> for Unchangeable {
+    fn from(error: PolicyError) -> Self {
+        Self::Policy(error)
+    }
+}
+
+impl fmt::Display for Unchangeable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Undetected => f.write_str(
+                "its split locks are not detected (source none): give it another source in hv.toml",
+            ),
+            Self::Policy(error) => error.fmt(f),
+        }
+    }
+}
+
 /// Why a VM is over.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Reason {
@@ -127,6 +154,8 @@ pub enum Reason {
     TimeLimit,
     /// The `stop_after_loads` of the run are reached.
     LoadLimit,
+    /// An operator has ended it.
+    Stopped,
 }
 
 impl fmt::Display for Reason {
@@ -136,6 +165,7 @@ impl fmt::Display for Reason {
             Self::Halt => f.write_str("halt"),
             Self::TimeLimit => f.write_str("time limit"),
             Self::LoadLimit => f.write_str("load limit"),
+            Self::Stopped => f.write_str("stopped"),
         }
     }
 }
@@ -195,16 +225,29 @@ pub struct Slot {
     asleep: AtomicBool,
     /// Its number among all vCPUs.
     id: u16,
+    /// The last change of the VM's policy that is in force for it.
+    policy_change: AtomicU32,
+    /// What it had counted when it was asked last, once it has answered.
+    pub inspected: Mutex<Option<Inspected>>,
+}
+
+/// A vCPU's answer to [`Mailbox::post_inspect`].
+#[derive(Debug, Clone)]
+pub struct Inspected {
+    /// The CPU that it was on.
+    pub cpu: u32,
+    /// What it had counted.
+    pub counters: Counters,
 }
 
 /// A virtual machine. It ends when all its vCPUs have been retired and nobody refers to it.
 pub struct Vm {
     /// Its name.
     pub name: &'static str,
-    /// What it gets of split-lock detection.
-    pub policy: VmPolicy,
     /// Where its split locks are detected.
     pub source: Source,
+    /// What it gets of split-lock detection, and how often that was changed.
+    policy: Mutex<(VmPolicy, u32)>,
     /// How many vCPUs, how important, and on which CPUs.
     pub placement: Placement,
     /// Its memory.
@@ -234,6 +277,8 @@ pub struct Vm {
     space: Mutex<Option<Space>>,
     /// What stands in for memory that is not there: all ones, whatever is written.
     stand_in: HostPhysAddr,
+    /// Dropped after all else: then another VM may take its place.
+    seat: Seat,
 }
 
 impl Vm {
@@ -264,6 +309,45 @@ impl Vm {
             }
         }
         fill_stand_in(self.stand_in);
+    }
+
+    /// What it gets of split-lock detection.
+    pub fn policy(&self) -> VmPolicy {
+        self.policy.lock().0
+    }
+
+    /// Changes its policy. Its vCPUs are to be told: [`Mailbox::post_policy`].
+    ///
+    /// # Errors
+    ///
+    /// [`Unchangeable`]; nothing has changed.
+    pub fn set_policy(&self, policy: Policy) -> Result<(), Unchangeable> {
+        if self.source == Source::None {
+            return Err(Unchangeable::Undetected);
+        }
+        let mut current = self.policy.lock();
+        *current = (current.0.with(policy)?, current.1 + 1);
+        Ok(())
+    }
+
+    /// The policy that this vCPU was told of last is in force for it.
+    pub fn policy_taken(&self, vcpu: u32, policy: Policy) {
+        let (current, change) = *self.policy.lock();
+        // One that has changed again meanwhile is told of again.
+        if current.policy() == policy {
+            self.vcpus[vcpu as usize].policy_change.store(change, Ordering::Release);
+        }
+    }
+
+    /// Whether its policy is in force for all its vCPUs.
+    pub fn is_policy_in_force(&self) -> bool {
+        let (_, change) = *self.policy.lock();
+        self.vcpus.iter().all(|slot| slot.policy_change.load(Ordering::Acquire) == change)
+    }
+
+    /// It has ended like this.
+    pub fn set_last(&self, last: Last) {
+        self.seat.set_last(last);
     }
 
     /// Until when the gate must not be closed; `None` if it may be closed now.
@@ -416,38 +500,80 @@ pub struct Factory<'a> {
     pub domains: Domains,
 }
 
+/// A VM that is about to be made: its memory is taken and zeroed bit by bit, so that nobody waits for all
+/// of it at once.
+pub struct Plan {
+    placement: Placement,
+    given: Given,
+    /// The numbers of its vCPUs: the first, and the one after the last.
+    ids: (u16, u16),
+    memory: GuestMemory,
+    wanted: u64,
+}
+
+impl Plan {
+    /// Takes more memory, 2 MiB at most. True once there is all of it.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError::OutOfMemory`].
+    pub fn fill(&mut self) -> Result<bool, StartError> {
+        if self.memory.len() < self.wanted {
+            self.memory.grow().ok_or_else(|| short(self.wanted))?;
+        }
+        Ok(self.memory.len() >= self.wanted)
+    }
+}
+
+fn short(wanted: u64) -> StartError {
+    StartError::OutOfMemory { wanted, free: memory::free_bytes() }
+}
+
 impl Factory<'_> {
-    /// Makes a VM. Its vCPUs get the numbers from `first` on.
+    /// Checks whether the VM can be made. Its vCPUs get the numbers from `first` on.
+    ///
+    /// # Errors
+    ///
+    /// [`StartError`].
+    pub fn plan(&self, config: &VmConfig, first: usize) -> Result<Plan, StartError> {
+        let placement = config.placement(percpu::online()).map_err(StartError::Placement)?;
+        let end = first + placement.vcpus as usize;
+        // VPIDs are numbers plus 1.
+        let ids = u16::try_from(first).ok().zip(u16::try_from(end).ok());
+        let ids = ids.filter(|_| end <= MAX_VCPUS).ok_or(StartError::TooManyVcpus)?;
+        let given = self.domains.give(config).map_err(StartError::Detection)?;
+        self.image(config)?;
+        let wanted = config.memory_mib << 20;
+        // Compared first: to zero memory only to find that it is not enough takes time.
+        if wanted > memory::free_bytes() {
+            return Err(short(wanted));
+        }
+        let memory = GuestMemory::with_room_for(wanted);
+        Ok(Plan { placement, given, ids, memory, wanted })
+    }
+
+    fn image(&self, config: &VmConfig) -> Result<&[u8], StartError> {
+        let image = self.ramdisk.file(&config.image);
+        image.ok_or_else(|| StartError::NoImage(config.image.clone()))
+    }
+
+    /// Makes a VM of a plan for `config` that has all its memory.
     ///
     /// # Errors
     ///
     /// [`StartError`]; nothing is left behind.
     pub fn build(
         &self,
-        config: &VmConfig,
-        first: usize,
+        config: &'static VmConfig,
+        plan: Plan,
+        seat: Seat,
     ) -> Result<(Arc<Vm>, Vec<VcpuTask>), StartError> {
-        let placement = config.placement(percpu::online()).map_err(StartError::Placement)?;
+        let Plan { placement, given, ids: (first, end), memory: mut guest_memory, wanted } = plan;
+        let Given { source, policy, aside } = given;
         let count = placement.vcpus;
-        let end = first + count as usize;
-        // VPIDs are numbers plus 1.
-        let ids = u16::try_from(first).ok().zip(u16::try_from(end).ok());
-        let (first, end) = ids.filter(|_| end <= MAX_VCPUS).ok_or(StartError::TooManyVcpus)?;
-        let Given { source, policy, aside } =
-            self.domains.give(config).map_err(StartError::Detection)?;
-        let image = self
-            .ramdisk
-            .file(&config.image)
-            .ok_or_else(|| StartError::NoImage(config.image.clone()))?;
-        let wanted = config.memory_mib << 20;
-        let short = || StartError::OutOfMemory { wanted, free: memory::free_bytes() };
-        // Compared first: to zero memory only to find that it is not enough takes time.
-        if wanted > memory::free_bytes() {
-            return Err(short());
-        }
-        let mut guest_memory = GuestMemory::new(wanted).ok_or_else(short)?;
-        let entry =
-            pvh::load(&mut guest_memory, image, &config.cmdline).map_err(StartError::Image)?;
+        let short = || short(wanted);
+        let entry = pvh::load(&mut guest_memory, self.image(config)?, &config.cmdline)
+            .map_err(StartError::Image)?;
         let stand_in = memory::allocate_frame().ok_or_else(short)?;
         fill_stand_in(stand_in);
         let ept = Ept::new(&mut Tables, self.caps.ept_accessed_dirty()).ok();
@@ -455,9 +581,9 @@ impl Factory<'_> {
         let space = ept.map(|ept| Space { ept, holes: ArrayVec::new(), spare: empty() });
         // From here on `Drop` gives everything back.
         let mut vm = Vm {
-            name: Box::leak(config.name.to_string().into_boxed_str()),
-            policy,
+            name: &config.name,
             source,
+            policy: Mutex::new((policy, 0)),
             placement,
             memory: guest_memory,
             devices: Mutex::new(Devices::new()),
@@ -469,6 +595,8 @@ impl Factory<'_> {
                     whereabouts: Whereabouts::new(),
                     asleep: AtomicBool::new(false),
                     id,
+                    policy_change: AtomicU32::new(0),
+                    inspected: Mutex::new(None),
                 })
                 .collect(),
             over: Once::new(),
@@ -480,6 +608,7 @@ impl Factory<'_> {
             counters: Mutex::new(Counters::new()),
             space: Mutex::new(space),
             stand_in,
+            seat,
         };
         let eptp = vm.map_memory().map_err(|_| short())?;
         let vm = Arc::new(vm);
@@ -503,7 +632,7 @@ impl Factory<'_> {
     ) -> Option<(Box<Vcpu>, HostPhysAddr)> {
         let region = vmcs_region(self.caps)?;
         let offer = Offer {
-            sld_exposed: vm.policy.exposed(),
+            sld_exposed: vm.policy().exposed(),
             rdtscp: self.caps.has_secondary(Secondary::ENABLE_RDTSCP),
             invpcid: self.caps.has_secondary(Secondary::ENABLE_INVPCID),
             apic_id: index,
@@ -525,7 +654,7 @@ impl Factory<'_> {
                 region,
                 pointers,
                 cpuid: CpuidTable::new(&CpuIdReaderNative, offer),
-                sld: sld::Vcpu::new(vm.policy),
+                sld: sld::Vcpu::new(vm.policy()),
                 apic_id: index,
                 origin: if starts {
                     Origin::Protected { rip: entry.rip }

@@ -41,6 +41,10 @@ bitflags! {
         const END = 1 << 4;
         /// The VM's gate has changed: look at it again.
         const GATE = 1 << 5;
+        /// The VM's policy has changed.
+        const POLICY = 1 << 6;
+        /// The host wants to know what the vCPU has counted.
+        const INSPECT = 1 << 7;
     }
 }
 
@@ -118,6 +122,16 @@ impl Mailbox {
     /// The VM's gate has changed.
     pub fn post_gate(&self) {
         self.signal(Signals::GATE);
+    }
+
+    /// The VM's policy has changed.
+    pub fn post_policy(&self) {
+        self.signal(Signals::POLICY);
+    }
+
+    /// The host wants to know what the vCPU has counted.
+    pub fn post_inspect(&self) {
+        self.signal(Signals::INSPECT);
     }
 
     fn signal(&self, signal: Signals) {
@@ -227,9 +241,12 @@ mod tests {
         let mailbox = Mailbox::new();
         mailbox.post_end();
         mailbox.post_gate();
+        mailbox.post_policy();
+        mailbox.post_inspect();
         mailbox.post(Delivery::Fixed(0x40));
         mailbox.post(Delivery::Init);
-        let signals = Signals::INIT | Signals::END | Signals::GATE;
+        let signals =
+            Signals::INIT | Signals::END | Signals::GATE | Signals::POLICY | Signals::INSPECT;
         assert_eq!(mailbox.take(), Some(Mail { signals, ..init }));
         mailbox.post(Delivery::Fixed(0x41));
         assert_eq!(mailbox.take().unwrap().vectors, [0, 2, 0, 0], "without the one before INIT");

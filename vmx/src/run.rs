@@ -24,7 +24,7 @@ use crate::mailbox::{Mail, Mailbox, Signals};
 use crate::msr_policy::{self, Policy};
 use crate::setup::*;
 use crate::split_lock::AcReport;
-use crate::vcpu::{Activity, Loaded, Step};
+use crate::vcpu::{Activity, Counters, Loaded, Step};
 use crate::walk::{GuestRead, GuestWrite, Paging, translate};
 use crate::world::register::{RAX, RBX, RCX, RDX, RSP};
 
@@ -86,6 +86,13 @@ pub trait Host {
     fn release_vm(&mut self);
     /// Whether the guest, which may do that so many times a second, may lock the bus now. If not, the host has noted how long the vCPU waits.
     fn may_split(&mut self, limit: PerSecond) -> bool;
+
+    /// The policy that the VM has now: it may have changed since the vCPU was made.
+    fn policy(&self) -> sld::Policy;
+    /// It is in force for this vCPU.
+    fn on_policy(&mut self, policy: sld::Policy);
+    /// The host has asked for it: how often the vCPU's guest has exited so far.
+    fn on_inspect(&mut self, exits: &Counters);
 
     /// The guest raised #AC, and this was done about it.
     fn on_ac(&mut self, report: &AcReport);
@@ -426,6 +433,29 @@ impl Loaded<'_> {
         if mail.signals.contains(Signals::INTERRUPT) {
             self.vcpu.apic.raise_all(mail.vectors);
         }
+        if mail.signals.contains(Signals::POLICY) {
+            self.take_policy(host)?;
+        }
+        if mail.signals.contains(Signals::INSPECT) {
+            host.on_inspect(&self.vcpu.counters);
+        }
+        Ok(())
+    }
+
+    /// The VM's new policy comes into force for this vCPU: also for a split lock that waits for its
+    /// step, which raises its #AC again.
+    #[cold]
+    fn take_policy(&mut self, host: &mut impl Host) -> Handled {
+        self.give_up_step(host);
+        let policy = host.policy();
+        let (pinned, task) = host.sld();
+        // The host has asked `VmPolicy::with` before; a policy that cannot be kept changes nothing.
+        if let Ok(written) = self.vcpu.sld.set_policy(pinned, task, policy) {
+            let written = written.map_err(End::from)?;
+            host.on_policy(policy);
+            written.into_iter().for_each(|written| host.on_real_bit(written));
+        }
+        self.make_room(host);
         Ok(())
     }
 

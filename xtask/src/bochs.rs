@@ -245,7 +245,8 @@ impl Bochs {
         command
     }
 
-    /// Writes the machine's configuration into its directory.
+    /// Writes the machine's configuration into its directory. With a `port`, the first serial port is connected
+    /// to that one on this host, else it is a file.
     ///
     /// # Errors
     /// If Bochs lacks the model or cannot arrange so many CPUs, if there is no UEFI firmware for a machine with UEFI, or
@@ -256,6 +257,7 @@ impl Bochs {
         directory: &Path,
         disk: &str,
         serial: [&str; 2],
+        port: Option<u16>,
     ) -> Result<()> {
         let models = self.models()?;
         if !models.contains(&config.model) {
@@ -267,7 +269,7 @@ impl Bochs {
             Firmware::Bios => None,
             Firmware::Uefi => Some(Uefi::ensure(false)?.write_rom(&directory.join(file::UEFI))?),
         };
-        fs::write(directory.join(file::CONFIG), bochsrc(config, rom, disk, serial))?;
+        fs::write(directory.join(file::CONFIG), bochsrc(config, rom, disk, serial, port))?;
         let msrs = extra_msrs(config);
         if !msrs.is_empty() {
             let lines: String = msrs.into_iter().map(msr_line).collect();
@@ -323,6 +325,7 @@ fn bochsrc(
     rom: Option<u64>,
     disk: &str,
     [serial, events]: [&str; 2],
+    port: Option<u16>,
 ) -> String {
     /// Of the machine's memory, in MiB, what Bochs keeps in the host's; it swaps the rest to a file.
     const HOST_MEMORY: u32 = 1024;
@@ -338,6 +341,11 @@ fn bochsrc(
             file::UEFI
         ),
     };
+    // At the other end of the connection, this process: see `link`.
+    let serial = match port {
+        None => format!("mode=file, dev={serial}"),
+        Some(port) => format!("mode=socket-client, dev=127.0.0.1:{port}"),
+    };
     let mut text = String::new();
     // A missing MSR must fault as on hardware. No panic may stop and ask. VGA updates by machine time, not by the
     // host's clock, for the same run every time. Without an extension the VGA has no 32-bit modes, which end a Bochs
@@ -352,7 +360,7 @@ vgaromimage: file=$BXSHARE/VGABIOS-lgpl-latest
 vga: extension=none, update_freq=5, realtime=0
 ata0-master: type=disk, path={disk}, mode=flat
 boot: disk
-com1: enabled=1, mode=file, dev={serial}
+com1: enabled=1, {serial}
 com2: enabled=1, mode=file, dev={events}
 clock: sync=none, time0={BOOT_TIME}
 log: {log}
@@ -436,7 +444,7 @@ mod tests {
             memory_mib: 512,
             ..MachineConfig::default()
         };
-        let text = bochsrc(&config, None, "disk.img", ["one.txt", "two.txt"]);
+        let text = bochsrc(&config, None, "disk.img", ["one.txt", "two.txt"], None);
         assert!(text.contains("cpu: model=tigerlake, count=4, "), "{text}");
         assert!(text.contains(r#", msrs="msrs.def""#), "{text}");
         assert!(text.contains("memory: guest=512, host=512\n"), "{text}");
@@ -446,7 +454,7 @@ mod tests {
 
         assert!(text.contains("romimage: file=$BXSHARE/BIOS-bochs-latest\n"), "{text}");
 
-        let with = |config: MachineConfig, rom| bochsrc(&config, rom, "d", ["1", "2"]);
+        let with = |config: MachineConfig, rom| bochsrc(&config, rom, "d", ["1", "2"], None);
         let without = with(MachineConfig { sld: false, ..config.clone() }, None);
         assert!(!without.contains("msrs.def"), "{without}");
         let uefi = with(config.clone(), Some(0xffc0_0000));

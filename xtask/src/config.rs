@@ -49,6 +49,9 @@ pub struct HvConfig {
     /// All VMs are ended once there were so many vCPU loads in total.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub stop_after_loads: Option<u64>,
+    /// Whether the serial ports that have the log take commands.
+    #[serde(skip_serializing_if = "is_default")]
+    pub console: bool,
     /// The VMs.
     #[serde(rename = "vm")]
     pub vms: Vec<Vm>,
@@ -191,6 +194,7 @@ impl HvConfig {
             verify: false,
             migrate_exits: None,
             stop_after_loads: None,
+            console: false,
             vms,
         }
     }
@@ -306,6 +310,11 @@ const HOST_KEYS: &[Key] = &[
         name: "verify",
         example: "true",
         meaning: &["Check all the time that the CPUs' real setting is the one that should be."],
+    },
+    Key {
+        name: "console",
+        example: "true",
+        meaning: &["Take commands on the serial ports: type help there."],
     },
 ];
 
@@ -438,6 +447,20 @@ impl Setup {
             vms.push(vm);
         }
         Ok((HvConfig::new(sld, vms), images))
+    }
+
+    /// The same with a console on the serial ports, whatever else the configuration says.
+    ///
+    /// # Errors
+    /// If the configuration says that there is to be none, or cannot be read.
+    pub fn with_console(mut self) -> Result<Self> {
+        let written: toml::Table = toml::from_str(&self.config).context("hv.toml")?;
+        match written.get("console") {
+            None => self.config.insert_str(0, "console = true\n"),
+            Some(toml::Value::Boolean(true)) => {}
+            Some(_) => bail!("the configuration has console = false: take that line away"),
+        }
+        Ok(self)
     }
 
     /// For a configuration that the user wrote. An image is a file beside it or, as `guests/NAME`, a test guest.

@@ -18,6 +18,7 @@ pub mod firmware;
 pub mod flash;
 pub mod guests;
 pub mod image;
+pub mod link;
 pub mod links;
 pub mod machine;
 pub mod monitor;

@@ -16,6 +16,8 @@ use crate::bochs::{self, Bochs};
 use crate::console;
 use crate::events::{self, Body, Event, Truth};
 use crate::firmware::{Firmware, Plain};
+pub use crate::link::{Input, Reply};
+use crate::link::{Link, Port};
 use crate::qemu::{self, Qemu};
 use crate::shim;
 use crate::topology::Topology;
@@ -138,6 +140,8 @@ pub struct MachineConfig {
     pub mishap: Option<Mishap>,
     /// Whether a profile of the hypervisor is recorded (Bochs only).
     pub profile: bool,
+    /// What is sent to its first serial port.
+    pub input: Input,
     /// More arguments for QEMU, which runs in the machine's directory.
     pub qemu_arguments: Vec<String>,
     /// A machine that says nothing for so long is stopped. One that goes on talking is stopped after
@@ -166,6 +170,7 @@ impl Default for MachineConfig {
             mishap: None,
             scope: SldScope::Core,
             profile: false,
+            input: Input::None,
             qemu_arguments: Vec::new(),
             timeout: Duration::from_secs(60),
         }
@@ -196,6 +201,8 @@ pub enum Exit {
     CpuShutdown,
     /// The loader could not start the hypervisor, said why, and stopped.
     LoaderStopped,
+    /// Whoever sat at its serial port left.
+    Left,
     /// It was stopped because nothing happened for so long, or it went on for too long.
     TimedOut {
         /// Seconds it had run.
@@ -217,6 +224,7 @@ impl Display for Exit {
             Self::Stayed => write!(f, "the machine stays on, as configured"),
             Self::CpuShutdown => write!(f, "a CPU shut down: triple fault in the hypervisor"),
             Self::LoaderStopped => write!(f, "the loader could not start the hypervisor"),
+            Self::Left => write!(f, "the machine was stopped from the terminal"),
             Self::TimedOut { seconds } => {
                 write!(f, "no progress: the machine was stopped after {seconds} s")
             }
@@ -267,16 +275,19 @@ pub fn record(config: &MachineConfig, on_serial: &mut dyn FnMut(&[u8])) -> Resul
     let disk = directory.file(DISK);
     fs::copy(&config.image, disk)
         .with_context(|| format!("cannot copy {}", config.image.display()))?;
+    let port = Port::of(&config.input)?;
+    let number = port.as_ref().map(Port::number);
     let mut command = match config.emulator {
-        Emulator::Bochs => bochs_command(config, &directory)?,
+        Emulator::Bochs => bochs_command(config, &directory, number)?,
         Emulator::Qemu(accelerator) => {
-            let mut command = qemu_command(config, accelerator, &directory)?;
+            let mut command = qemu_command(config, accelerator, &directory, number)?;
             command.arg("-no-reboot");
             command
         }
     };
     command.current_dir(directory.path());
-    let exit = match watch(command, config, &directory, on_serial)? {
+    let link = port.map(|port| Link::new(port, directory.file(SERIAL), &config.input));
+    let exit = match watch(command, config, &directory, link, on_serial)? {
         Watched::Stopped(exit) => exit,
         Watched::Ended(status) => exit_of(config.emulator, status, directory.text(OUTPUT)?),
     };
@@ -322,10 +333,14 @@ impl MachineConfig {
     }
 }
 
-fn bochs_command(config: &MachineConfig, directory: &Directory) -> Result<Command> {
+fn bochs_command(
+    config: &MachineConfig,
+    directory: &Directory,
+    port: Option<u16>,
+) -> Result<Command> {
     let shim = shim::build()?;
     let bochs = Bochs::ensure()?;
-    bochs.configure(config, &directory.0, DISK, [SERIAL, EVENTS])?;
+    bochs.configure(config, &directory.0, DISK, [SERIAL, EVENTS], port)?;
     let mut command = bochs.command(Some(&shim));
     command.args(["-q", "-f", bochs::file::CONFIG]).env("SLD_SHIM_TRUTH", TRUTH);
     match config.scope {
@@ -364,10 +379,11 @@ pub(crate) fn qemu_command(
     config: &MachineConfig,
     accelerator: Accelerator,
     directory: &Directory,
+    port: Option<u16>,
 ) -> Result<Command> {
     let qemu = Qemu::ensure()?;
     let uefi = qemu.install_firmware(config, directory.path())?;
-    Ok(qemu.machine(config, accelerator, uefi.as_ref(), DISK, [SERIAL, EVENTS]))
+    Ok(qemu.machine(config, accelerator, uefi.as_ref(), DISK, [SERIAL, EVENTS], port))
 }
 
 fn exit_of(emulator: Emulator, status: ExitStatus, output: String) -> Exit {
@@ -489,6 +505,7 @@ fn watch(
     mut command: Command,
     config: &MachineConfig,
     directory: &Directory,
+    mut link: Option<Link>,
     on_serial: &mut dyn FnMut(&[u8]),
 ) -> Result<Watched> {
     const INTERVAL: Duration = Duration::from_millis(10);
@@ -516,6 +533,11 @@ fn watch(
     loop {
         // Asked before the files are read, so that nothing written before the end is missed.
         let ended = running.0.try_wait()?;
+        if let Some(link) = &mut link
+            && !link.exchange()?
+        {
+            return Ok(Watched::Stopped(Exit::Left));
+        }
         let mut written = serial.read_new()?;
         let mut progress = !written.is_empty();
         if let Some(plain) = &mut plain {
@@ -552,7 +574,11 @@ fn watch(
         if said_last && now - last_progress > STAYS {
             return Ok(Watched::Stopped(Exit::Stayed));
         }
-        if now - last_progress > config.timeout || now - started > config.timeout * LIMIT {
+        // Who sits there may think for as long as he likes.
+        let is_patient = config.input == Input::Terminal;
+        let is_late =
+            now - last_progress > config.timeout || now - started > config.timeout * LIMIT;
+        if is_late && !is_patient {
             let seconds = (now - started).as_secs();
             return Ok(Watched::Stopped(Exit::TimedOut { seconds }));
         }
@@ -616,7 +642,7 @@ mod tests {
         let config = MachineConfig { timeout, ..MachineConfig::default() };
         let mut seen = Vec::new();
         let watched =
-            watch(command, &config, &directory, &mut |bytes| seen.extend_from_slice(bytes))
+            watch(command, &config, &directory, None, &mut |bytes| seen.extend_from_slice(bytes))
                 .unwrap();
         (watched, String::from_utf8(seen).unwrap())
     }

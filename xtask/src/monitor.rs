@@ -48,7 +48,7 @@ impl QemuControl {
         let directory = Directory::new()?;
         fs::copy(&config.image, directory.file(DISK))
             .with_context(|| format!("cannot copy {}", config.image.display()))?;
-        let mut command = qemu_command(config, accelerator, &directory)?;
+        let mut command = qemu_command(config, accelerator, &directory, None)?;
         command
             .args(["-qmp", "stdio"])
             .current_dir(directory.path())

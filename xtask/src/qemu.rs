@@ -96,7 +96,8 @@ impl Qemu {
         Ok(Some(Uefi { variables, ..uefi }))
     }
 
-    /// The command that runs the machine, in its directory. `uefi` is its firmware, if it has UEFI.
+    /// The command that runs the machine, in its directory. `uefi` is its firmware, if it has UEFI. With a `port`,
+    /// the first serial port is connected to that one on this host, else it is a file.
     pub fn machine(
         &self,
         config: &MachineConfig,
@@ -104,6 +105,7 @@ impl Qemu {
         uefi: Option<&Uefi>,
         disk: &str,
         serial: [&str; 2],
+        port: Option<u16>,
     ) -> Command {
         let mut command = self.command();
         let (accelerator, cpu) = match accelerator {
@@ -131,8 +133,12 @@ impl Qemu {
                 .args(["-drive", &format!("{drive},if=none,id=stick"), "-device", "qemu-xhci"])
                 .args(["-device", "usb-storage,drive=stick,removable=on,bootindex=0"]),
         };
-        for file in serial {
-            command.args(["-serial", &format!("file:{file}")]);
+        let mut serial = serial.map(|file| format!("file:{file}"));
+        if let Some(port) = port {
+            serial[0] = format!("tcp:127.0.0.1:{port}");
+        }
+        for serial in &serial {
+            command.args(["-serial", serial]);
         }
         command.args(&config.qemu_arguments);
         command
@@ -181,8 +187,11 @@ mod tests {
         let qemu = Qemu::Host(PathBuf::from("qemu"));
         let render = |config: &MachineConfig, uefi: Option<&Uefi>| {
             let serial = ["a.txt", "b.txt"];
-            console::render(&qemu.machine(config, Accelerator::Tcg, uefi, "disk.img", serial))
+            console::render(&qemu.machine(config, Accelerator::Tcg, uefi, "disk.img", serial, None))
         };
+        let tcp = qemu.machine(&config, Accelerator::Tcg, None, "d", ["a.txt", "b.txt"], Some(7));
+        let shown = console::render(&tcp);
+        assert!(shown.ends_with("-serial tcp:127.0.0.1:7 -serial file:b.txt"), "{shown}");
         let shown = render(&config, None);
         assert!(shown.contains("-accel tcg -cpu max "), "{shown}");
         assert!(shown.contains(" -smp sockets=1,cores=3,threads=2 -m 300 "), "{shown}");

@@ -11,7 +11,7 @@ use clap::{Args, ValueEnum};
 use crate::config::{Policy, Setup, SldSource};
 use crate::events::Body;
 use crate::firmware::Firmware;
-use crate::machine::{self, Emulator, MachineConfig};
+use crate::machine::{self, Emulator, Exit, Input, MachineConfig};
 use crate::report;
 use crate::system::System;
 use crate::topology::Topology;
@@ -101,6 +101,10 @@ pub struct RunArgs {
     /// A machine without split-lock detection (Bochs only).
     #[arg(long)]
     no_sld: bool,
+    /// Connect this terminal with the machine's first serial port, where the hypervisor takes commands: type help.
+    /// Control-C ends it.
+    #[arg(long)]
+    console: bool,
     /// Stop the machine when it says nothing for so long.
     #[arg(long, default_value_t = 60, value_name = "SECONDS", value_parser = clap::value_parser!(u64).range(1..))]
     timeout: u64,
@@ -132,6 +136,7 @@ impl RunArgs {
 pub fn run(args: &RunArgs) -> Result<()> {
     let emulator = args.emulator()?;
     let setup = args.setup.setup()?;
+    let setup = if args.console { setup.with_console()? } else { setup };
     // Made now, so that a wrong path is found before the run and not after it.
     let mut outputs = Vec::new();
     for path in [&args.events, &args.truth] {
@@ -152,6 +157,7 @@ pub fn run(args: &RunArgs) -> Result<()> {
         memory_mib: args.memory,
         sld: !args.no_sld,
         timeout: Duration::from_secs(args.timeout),
+        input: if args.console { Input::Terminal } else { Input::None },
         ..MachineConfig::default()
     };
     let mut stdout = io::stdout();
@@ -163,6 +169,9 @@ pub fn run(args: &RunArgs) -> Result<()> {
         if let Some(file) = file {
             file.write_all(text.as_bytes()).context("cannot write the records")?;
         }
+    }
+    if recording.exit == Exit::Left {
+        return Ok(());
     }
     let outcome = recording.parse()?;
     // The hypervisor has shown a table of its own if it came to its end.

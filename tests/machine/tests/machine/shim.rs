@@ -144,7 +144,13 @@ fn by_hand(program: &[u8], with_shim: bool, environment: &[(&str, &str)]) -> Res
     let result = (|| {
         let bochs = Bochs::ensure()?;
         let image = disk.path().display().to_string();
-        bochs.configure(&MachineConfig::default(), &directory, &image, ["serial", "events"])?;
+        bochs.configure(
+            &MachineConfig::default(),
+            &directory,
+            &image,
+            ["serial", "events"],
+            None,
+        )?;
         let library = with_shim.then(shim::build).transpose()?;
         let mut command = bochs.command(library.as_deref());
         command.args(["-q", "-f", xtask::bochs::file::CONFIG]).current_dir(&directory);
