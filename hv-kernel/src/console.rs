@@ -300,6 +300,7 @@ mod tests {
             ports: Ports::none(),
             screen: Screen::none(),
             kept: Kept::Early(ArrayVec::new()),
+            is_typing: false,
         };
         console.title(format_args!("title"));
         console.log(Level::Error, format_args!("early"));

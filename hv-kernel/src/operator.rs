@@ -40,6 +40,8 @@ enum Job {
     Ask(Answer, u64),
     /// vCPUs have been told their VM's new policy.
     Policy(&'static Place, u64),
+    /// A VM was ended, and its vCPUs go.
+    Stop(&'static Place, u64),
     /// A VM is to be made, once nothing is left of the one before.
     Start(usize, Option<Plan>),
 }
@@ -188,6 +190,7 @@ impl Operator {
             (Command::Stop(_), Some(vm)) => {
                 if self.keep(index) {
                     cpu.end_vm(&vm, Reason::Stopped);
+                    self.job = Some(Job::Stop(place, now().saturating_add(PATIENCE)));
                 }
             }
             (Command::Start(_), Some(_)) => {
@@ -279,6 +282,11 @@ impl Operator {
                     None
                 }
             },
+            // That it is stopped, or has ended by itself just before, the log says.
+            Job::Stop(place, until) => {
+                let goes = !place.is_vacant() && now() < until;
+                goes.then_some(Job::Stop(place, until))
+            }
             Job::Start(index, plan) => {
                 let place = &fleet::places()[index];
                 match self.start(index, place, plan, cpu) {

@@ -605,8 +605,9 @@ mod tests {
     #[test]
     fn a_page_shows_all_that_there_is_room_for() {
         let mut run = run();
-        while !run.vms.is_full() {
-            run.vms.push(row("another", SplitLocks::new(), "halt"));
+        while run.vms.len() < MAX_VMS {
+            let name = format!("another-{}", run.vms.len());
+            run.vms.push(row(&name, SplitLocks::new(), "halt"));
         }
         for rows in [10, 25, 48, 80] {
             let mut sheet = Sheet::new(80, rows);
@@ -624,6 +625,35 @@ mod tests {
             assert_eq!(hidden, rows < MAX_VMS + OTHER_ROWS, "{rows}:\n{}", sheet.text);
             assert!(sheet.text.contains("64 VMs, 6 split locks seen, 77 VM exits"));
         }
+    }
+
+    #[test]
+    fn a_vm_that_is_started_again_has_another_row() {
+        let mut run = run();
+        run.add(row("split", SplitLocks::new(), "still running"));
+        let latest = run.latest("split").unwrap();
+        (latest.policy, latest.end) = (Some(Policy::Step), Short::of(format_args!("stopped")));
+        let rows = |run: &Run, rows| {
+            let mut sheet = Sheet::new(80, rows);
+            run.table(&mut Page::new(&mut sheet), rows);
+            sheet.text.lines().map(|line| line.trim().to_owned()).collect::<Vec<_>>()
+        };
+        let lines = rows(&run, 10);
+        assert_eq!(lines[1], "split      warn    2      1            warn             exit 33");
+        assert_eq!(lines[5], "split      step    2      0            -                stopped");
+        // However often: nothing is lost of the sum, and no other VM's row.
+        for _ in 0..3 * MAX_ROWS {
+            run.add(row("split", locks(&[(Warn, 1)], false), "stopped"));
+        }
+        let lines = rows(&run, MAX_ROWS);
+        assert_eq!(lines.len(), 1 + MAX_ROWS);
+        for name in ["sld-aware", "legacy", "none"] {
+            assert_eq!(lines.iter().filter(|line| line.starts_with(name)).count(), 1, "{name}");
+        }
+        let mut sheet = Sheet::new(80, 25);
+        run.totals(&mut Page::new(&mut sheet), FINISHED);
+        let seen = 6 + 3 * MAX_ROWS;
+        assert_eq!(sheet.text, format!("  4 VMs, {seen} split locks seen, 77 VM exits\n"));
     }
 
     #[test]

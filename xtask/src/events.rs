@@ -112,6 +112,15 @@ pub enum Body {
         /// The reason.
         why: String,
     },
+    /// A VM has another policy, which is in force for this vCPU from now on.
+    Policy {
+        /// The VM.
+        vm: String,
+        /// The vCPU in it.
+        vcpu: u32,
+        /// What is done about its split locks.
+        policy: String,
+    },
     /// A vCPU ended with its VM, which has its end later.
     VcpuEnd {
         /// The VM.
@@ -262,6 +271,7 @@ impl Event {
             Body::VmStart { vm, .. }
             | Body::Ac(Ac { vm, .. })
             | Body::TestCtrlWrite { vm, .. }
+            | Body::Policy { vm, .. }
             | Body::VcpuEnd { vm, .. }
             | Body::VmEnd { vm, .. }
             | Body::VmRefused { vm, .. } => Some(vm),
@@ -404,17 +414,20 @@ mod tests {
             {"seq":10,"tsc":10,"cpu":0,"event":"cpu-refused","apic_id":4,"why":"no VMX"}
             {"seq":11,"tsc":10,"cpu":0,"event":"vcpu-end","vm":"a","vcpu":1,"counters":{"exits":{"hlt":2},"split_locks":{"inject":0,"warn":1,"step":2,"kill":0},"real_bit_writes":1,"loads":5,"migrations":4,"ticks":99}}
             {"seq":12,"tsc":10,"cpu":0,"event":"violation","what":"flag and bit differ"}
+            {"seq":14,"tsc":10,"cpu":0,"event":"policy","vm":"a","vcpu":1,"policy":"ratelimit=5"}
             {"seq":13,"tsc":10,"cpu":0,"event":"shutdown","counters":{"vms":2,"exits":9,"inject":1,"warn":1,"step":1,"kill":1,"nmis":3,"loads":5,"migrations":4,"violations":1}}
         "#;
         let events: Vec<Event> = parse_lines(lines).unwrap();
-        assert_eq!(events.len(), 14);
+        assert_eq!(events.len(), 15);
         assert!(events.iter().all(|event| event.body != Body::Other));
         let Body::VmEnd { status, counters, .. } = &events[4].body else { panic!() };
         assert_eq!((*status, counters.split_locks["warn"]), (Some(33), 1));
         assert_eq!(events[9].body, Body::CpuOnline { apic_id: 3, core: 1 });
         let Body::VcpuEnd { vcpu: 1, counters, .. } = &events[11].body else { panic!() };
         assert_eq!((counters.split_locks["step"], counters.ticks), (2, 99));
-        let Body::Shutdown { counters } = &events[13].body else { panic!() };
+        let Body::Policy { vcpu: 1, policy, .. } = &events[13].body else { panic!() };
+        assert_eq!(policy, "ratelimit=5");
+        let Body::Shutdown { counters } = &events[14].body else { panic!() };
         assert_eq!((counters.nmis, counters.migrations, counters.violations), (3, 4, 1));
     }
 

@@ -96,6 +96,14 @@ impl Link {
         Self { port, stream: None, path, file: None, source, unanswered, unsent }
     }
 
+    /// Whether somebody may type something yet, however long that takes.
+    pub(crate) fn is_attended(&self) -> bool {
+        match &self.source {
+            Source::Script(..) => false,
+            Source::Terminal { typed, .. } => typed.as_ref().is_none_or(|typed| !typed.has_ended),
+        }
+    }
+
     /// Reads and sends what there is. False if whoever types wants to leave.
     pub(crate) fn exchange(&mut self) -> Result<bool> {
         if self.stream.is_none() {
@@ -181,6 +189,8 @@ struct Typed {
     bytes: Receiver<Vec<u8>>,
     /// What came before anybody could read it.
     early: Option<Vec<u8>>,
+    /// Nothing more comes.
+    has_ended: bool,
     /// Put back when the session ends.
     raw: Option<Raw>,
 }
@@ -197,7 +207,8 @@ impl Typed {
                 }
             }
         });
-        Self { bytes, early: None, raw: io::stdin().is_terminal().then(Raw::set).flatten() }
+        let raw = io::stdin().is_terminal().then(Raw::set).flatten();
+        Self { bytes, early: None, has_ended: false, raw }
     }
 
     /// The next piece that can be sent, if `is_open`; Control-C always.
@@ -211,7 +222,11 @@ impl Typed {
                 self.early.get_or_insert_default().extend(bytes);
                 None
             }
-            Err(TryRecvError::Empty | TryRecvError::Disconnected) => None,
+            Err(TryRecvError::Empty) => None,
+            Err(TryRecvError::Disconnected) => {
+                self.has_ended = true;
+                None
+            }
         }
     }
 }

@@ -575,7 +575,7 @@ fn watch(
             return Ok(Watched::Stopped(Exit::Stayed));
         }
         // Who sits there may think for as long as he likes.
-        let is_patient = config.input == Input::Terminal;
+        let is_patient = link.as_ref().is_some_and(Link::is_attended);
         let is_late =
             now - last_progress > config.timeout || now - started > config.timeout * LIMIT;
         if is_late && !is_patient {

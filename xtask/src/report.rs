@@ -52,7 +52,10 @@ pub fn table(events: &[Event]) -> String {
     let mut vms: Vec<Row> = Vec::new();
     for event in events {
         let Some(name) = event.vm() else { continue };
-        let index = vms.iter().position(|vm| vm.name == name).unwrap_or_else(|| {
+        // Whoever starts again has another row.
+        let starts = matches!(event.body, Body::VmStart { .. });
+        let index = vms.iter().rposition(|vm| vm.name == name);
+        let index = index.filter(|index| !(starts && vms[*index].started)).unwrap_or_else(|| {
             vms.push(Row::new(name));
             vms.len() - 1
         });
@@ -100,6 +103,7 @@ pub fn align<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
 /// A VM in the table.
 struct Row<'a> {
     name: &'a str,
+    started: bool,
     policy: &'a str,
     vcpus: u64,
     loads: u64,
@@ -115,6 +119,7 @@ impl<'a> Row<'a> {
     fn new(name: &'a str) -> Self {
         Self {
             name,
+            started: false,
             policy: "-",
             vcpus: 0,
             loads: 0,
@@ -129,6 +134,7 @@ impl<'a> Row<'a> {
     fn add(&mut self, body: &'a Body) {
         match body {
             Body::VmStart { policy, vcpus, .. } => {
+                self.started = true;
                 self.policy = policy;
                 self.vcpus = (*vcpus).into();
             }
@@ -143,7 +149,8 @@ impl<'a> Row<'a> {
                 };
                 (self.loads, self.migrations) = (counters.loads, counters.migrations);
             }
-            Body::VmRefused { why, .. } => self.end = format!("refused: {why}"),
+            Body::Policy { policy, .. } => self.policy = policy,
+            Body::VmRefused { why, .. } if !self.started => self.end = format!("refused: {why}"),
             _ => {}
         }
     }
@@ -185,6 +192,23 @@ mod tests {
             serial: String::new(),
             exit,
         }
+    }
+
+    #[test]
+    fn a_vm_that_is_started_again_has_another_row() {
+        let text = r#"
+            {"seq":0,"tsc":1,"cpu":0,"event":"vm-start","vm":"a","policy":"warn","exposed":false,"vcpus":1,"memory_bytes":8388608}
+            {"seq":1,"tsc":1,"cpu":0,"event":"policy","vm":"a","vcpu":0,"policy":"step"}
+            {"seq":2,"tsc":1,"cpu":0,"event":"vm-end","vm":"a","reason":"stopped"}
+            {"seq":3,"tsc":1,"cpu":0,"event":"vm-refused","vm":"a","why":"no memory"}
+            {"seq":4,"tsc":1,"cpu":0,"event":"vm-start","vm":"a","policy":"warn","exposed":false,"vcpus":1,"memory_bytes":8388608}
+            {"seq":5,"tsc":1,"cpu":0,"event":"vm-end","vm":"a","reason":"exit","status":33}
+        "#;
+        let table = table(&parse_lines(text).unwrap());
+        let rows: Vec<&str> = table.lines().collect();
+        assert_eq!(rows.len(), 3, "{table}");
+        assert!(rows[1].contains("step") && rows[1].ends_with("stopped"), "{table}");
+        assert!(rows[2].contains("warn") && rows[2].ends_with("exit 33"), "{table}");
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::process::ExitCode;
 use libtest_mimic::Arguments;
 
 mod bench;
+mod console;
 mod firmware;
 mod guests;
 mod hardware;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         smp::trials(),
         policies::trials(),
         trace::trials(),
+        console::trials(),
         bench::trials(),
     ];
     let trials = parts.into_iter().flatten().collect();
