@@ -176,6 +176,7 @@ impl Record {
         }
         match self.event {
             Event::Ac(report) => {
+                json.text("source", report.source)?;
                 json.address("rip", report.rip)?;
                 json.number("cpl", report.context.cpl)?;
                 json.flag("am", report.context.cr0_am)?;
@@ -284,7 +285,7 @@ impl Write for Escape<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sld::{AcContext, Why};
+    use sld::{AcContext, Source, Why};
     use std::string::String;
     use vmx::run::InstructionBytes;
     use vmx::split_lock::AcOutcome;
@@ -305,6 +306,7 @@ mod tests {
         let mut bytes = [0; 15];
         bytes[..2].copy_from_slice(&[0xf0, 0x01]);
         let report = AcReport {
+            source: Source::Msr,
             rip: 0x10_0000,
             context,
             virtual_bit: false,
@@ -314,7 +316,7 @@ mod tests {
         };
         assert_eq!(
             written(Some(("a", 2)), Event::Ac(report)),
-            r#"{"event":"ac","vm":"a","vcpu":2,"rip":"0x100000","cpl":3,"am":true,"ac":false,"virtual_bit":false,"legacy":false,"verdict":"kill","bytes":"f001"}"#
+            r#"{"event":"ac","vm":"a","vcpu":2,"source":"msr","rip":"0x100000","cpl":3,"am":true,"ac":false,"virtual_bit":false,"legacy":false,"verdict":"kill","bytes":"f001"}"#
         );
         assert_eq!(
             written(None, Event::RealBit(RealBit { on: true, why: Why::Boot })),

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use sld::{AcContext, Fallback, Verdict};
+use sld::{AcContext, Fallback, Source, Verdict};
 
 use crate::emulate::operand::{CodeSize, Segment};
 use crate::emulate::paging::Rights;
@@ -17,6 +17,8 @@ use crate::world::register::RSP;
 /// An #AC that a guest raised, and what was done about it.
 #[derive(Debug, Clone, Copy)]
 pub struct AcReport {
+    /// Who raised it: the CPU, or whoever traces the guest.
+    pub source: Source,
     /// The guest's RIP: an offset into CS.
     pub rip: u64,
     /// Privilege level and alignment-check bits.
@@ -90,7 +92,7 @@ impl fmt::Display for AcOutcome {
 /// Of the segment registers, ES to GS, the number of FS.
 const FS: usize = 4;
 /// The longest instruction, in bytes.
-const MAX_INSTRUCTION: u64 = 15;
+pub(crate) const MAX_INSTRUCTION: u64 = 15;
 
 /// DR7: bits 1:0 enable breakpoint 0, and so on; bits 17:16 say what it is for, 19:18 how long it is.
 const DR7_CONDITION_SHIFT: u32 = 16;
@@ -115,7 +117,8 @@ impl Loaded<'_> {
         let instruction = self.instruction_at(host.memory(), rip);
         let virtual_bit = self.vcpu.sld.virtual_bit();
         let outcome = AcOutcome::Again;
-        let report = AcReport { rip, context, virtual_bit, outcome, first: false, instruction };
+        let (source, first) = (Source::Msr, false);
+        let report = AcReport { source, rip, context, virtual_bit, outcome, first, instruction };
         self.act_on(host, verdict, report, Some(info))
     }
 

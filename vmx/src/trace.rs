@@ -10,7 +10,7 @@
 //! the look; and one that is fetched by a translation which the guest has changed in its page tables
 //! without telling the CPU.
 
-use sld::Verdict;
+use sld::{Source, Verdict};
 
 use crate::emulate::operand::CodeSize;
 use crate::emulate::paging::may_fetch;
@@ -20,7 +20,7 @@ use crate::run::{
     BLOCKING_MOV_SS, End, Host, InstructionBytes, PENDING_DEBUG_BS, PENDING_DEBUG_ENABLED, Stop,
 };
 use crate::setup::*;
-use crate::split_lock::{AcOutcome, AcReport};
+use crate::split_lock::{AcOutcome, AcReport, MAX_INSTRUCTION};
 use crate::vcpu::{Loaded, Step};
 use crate::walk::GuestWrite;
 
@@ -136,14 +136,18 @@ impl Loaded<'_> {
         let rip = self.vmcs.read(GUEST_RIP);
         let cs_base = self.vmcs.read(GUEST_CS_BASE);
         let instruction = self.read_instruction(host.memory(), rip, cs_base);
-        match glance(self.code_size(), instruction.as_slice()) {
-            Glance::Harmless => Ok(true),
-            // What cannot be read faults, unless the CPU remembers otherwise.
-            Glance::Short => {
-                self.flush_tlb();
-                Ok(true)
-            }
+        let bytes = instruction.as_slice();
+        let glance = glance(self.code_size(), bytes);
+        if glance == Glance::Harmless {
+            return Ok(true);
+        }
+        // What cannot be read faults, unless the CPU remembers otherwise.
+        if (bytes.len() as u64) < MAX_INSTRUCTION {
+            self.flush_tlb();
+        }
+        match glance {
             Glance::Suspicious => self.suspect(host, rip, instruction),
+            Glance::Harmless | Glance::Short => Ok(true),
         }
     }
 
@@ -207,7 +211,8 @@ impl Loaded<'_> {
         let verdict = self.vcpu.sld.on_ac(pinned, task, context).map_err(End::from)?;
         let virtual_bit = self.vcpu.sld.virtual_bit();
         let outcome = AcOutcome::Again;
-        let report = AcReport { rip, context, virtual_bit, outcome, first: false, instruction };
+        let (source, first) = (Source::Trace, false);
+        let report = AcReport { source, rip, context, virtual_bit, outcome, first, instruction };
         self.act_on(host, verdict, report, None)?;
         self.begin_wanted_step(host)?;
         self.follow_bit(host);
@@ -224,4 +229,197 @@ fn is_executed(dr7: u64, addresses: [u64; 4], linear: u64) -> bool {
         // Of instructions, one byte long: both fields are 0.
         enabled && dr7 >> (16 + 4 * index) & 0xf == 0 && address == linear
     })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::addr::GuestPhysAddr;
+    use crate::emulate::operand::Segment;
+    use crate::emulate::paging::Rights;
+    use crate::walk::{GuestRead, Paging};
+    use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind};
+    use proptest::prelude::*;
+
+    const CODES: [CodeSize; 3] = [CodeSize::Bits16, CodeSize::Bits32, CodeSize::Bits64];
+
+    /// Bytes that are often prefixes and opcodes of instructions that lock.
+    fn bytes() -> impl Strategy<Value = [u8; 15]> {
+        let likely = [0xf0, 0x66, 0x67, 0xf2, 0xf3, 0x2e, 0x64, 0x48, 0x41, 0x86, 0x87, 0x0f, 0xff];
+        let byte = prop_oneof![any::<u8>(), prop::sample::select(likely.to_vec())];
+        prop::collection::vec(byte, 15).prop_map(|bytes| bytes.try_into().unwrap())
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(4000))]
+
+        /// What locks is suspicious, and nothing is that has neither the prefix nor is XCHG.
+        #[test]
+        fn a_glance_misses_nothing_that_locks(bytes in bytes(), length in 0usize..=15) {
+            for code in CODES {
+                let mut decoder =
+                    Decoder::with_ip(code.bits(), &bytes, 0, DecoderOptions::NONE);
+                let instruction = decoder.decode();
+                let exchanges = instruction.mnemonic() == Mnemonic::Xchg
+                    && instruction.op0_kind() == OpKind::Memory;
+                let locks = !instruction.is_invalid() && (instruction.has_lock_prefix() || exchanges);
+                let found = glance(code, &bytes);
+                prop_assert!(!locks || found == Glance::Suspicious, "{bytes:x?}");
+                if found == Glance::Suspicious && !instruction.is_invalid() {
+                    prop_assert!(instruction.has_lock_prefix() || exchanges, "{bytes:x?}");
+                }
+                // Fewer bytes tell the same or nothing.
+                let cut = glance(code, &bytes[..length]);
+                prop_assert!(cut == found || cut == Glance::Short);
+            }
+        }
+    }
+
+    /// Guest memory from address 0 on.
+    struct Flat(Vec<u8>);
+
+    impl GuestRead for Flat {
+        fn read(&self, gpa: GuestPhysAddr, buffer: &mut [u8]) -> bool {
+            let start = gpa.as_u64() as usize;
+            let source = self.0.get(start..start.saturating_add(buffer.len()));
+            source.inspect(|source| buffer.copy_from_slice(source)).is_some()
+        }
+    }
+
+    impl GuestWrite for Flat {
+        fn write(&self, _: GuestPhysAddr, _: &[u8]) -> bool {
+            panic!("a look changes nothing");
+        }
+    }
+
+    fn state(code: CodeSize) -> State {
+        let segment = Segment { base: 0, limit: u32::MAX, rights: 0xc093 };
+        State {
+            registers: [0; 16],
+            rip: 0x1000,
+            rflags: 2,
+            segments: [segment; 6],
+            code,
+            protected: true,
+            paging: Paging::Off,
+            cr3: 0,
+            pdptes: [0; 4],
+            rights: Rights {
+                user: false,
+                write_protect: true,
+                smap: false,
+                smep: false,
+                execute_disable: true,
+                physical_bits: 46,
+            },
+            linear_bits: 48,
+        }
+    }
+
+    /// LOCK ADD DWORD PTR [RBX], EAX.
+    const ADD: [u8; 3] = [0xf0, 0x01, 0x03];
+
+    fn looked(state: &State, bytes: &[u8]) -> Look {
+        look(state, bytes, &Flat(Vec::new()))
+    }
+
+    #[test]
+    fn what_crosses_a_line_is_a_split_lock() {
+        // ADD, XCHG, CMPXCHG8B.
+        for (bytes, size) in [(&ADD[..], 4), (&[0x87, 0x03], 4), (&[0xf0, 0x0f, 0xc7, 0x0b], 8)] {
+            for address in 0u64..130 {
+                let mut state = state(CodeSize::Bits64);
+                state.registers[3] = address;
+                let splits = address / 64 != (address + size - 1) / 64;
+                let expected = if splits { Look::SplitLock } else { Look::Other };
+                assert_eq!(looked(&state, bytes), expected, "{bytes:x?} {address:#x}");
+            }
+        }
+        let mut state = state(CodeSize::Bits64);
+        state.registers[3] = 0x3e;
+        // Not locked; a register; LOCK on what cannot be locked.
+        for bytes in [&[0x01, 0x03][..], &[0x87, 0xc3], &[0xf0, 0x89, 0x03]] {
+            assert_eq!(looked(&state, bytes), Look::Other, "{bytes:x?}");
+        }
+        // CMPXCHG16B faults unless it is aligned, and then it does not cross.
+        assert_eq!(looked(&state, &[0xf0, 0x48, 0x0f, 0xc7, 0x0b]), Look::Other);
+    }
+
+    #[test]
+    fn what_faults_before_is_the_cpus_affair() {
+        let split = |code| {
+            let mut state = state(code);
+            state.registers[3] = 0x3e;
+            state
+        };
+        let mut state = split(CodeSize::Bits32);
+        assert_eq!(looked(&state, &ADD), Look::SplitLock);
+        state.segments[3].limit = 0x40;
+        assert_eq!(looked(&state, &ADD), Look::Other, "limit of DS");
+        let mut state = split(CodeSize::Bits32);
+        state.segments[CS].limit = 0x1002;
+        assert_eq!(looked(&state, &ADD), Look::SplitLock);
+        state.segments[CS].limit = 0x1001;
+        assert_eq!(looked(&state, &ADD), Look::Other, "limit of CS");
+        let mut state = split(CodeSize::Bits64);
+        state.segments[CS].limit = 0;
+        assert_eq!(looked(&state, &ADD), Look::SplitLock);
+        state.rip = 0x7fff_ffff_fffe;
+        assert_eq!(looked(&state, &ADD), Look::Other, "RIP is not canonical at the end");
+        state.rip = 0x8000_0000_0000;
+        assert_eq!(looked(&state, &ADD), Look::Other, "nor at the beginning");
+    }
+
+    /// One page, by four levels: code and operand. `flags` are those of its entry.
+    fn page(state: &mut State, flags: u64) -> Flat {
+        let mut memory = Flat(vec![0; 0x5000]);
+        let entries =
+            [(0x1000, 0x2007), (0x2000, 0x3007), (0x3000, 0x4007), (0x4008, 0x1000 | flags)];
+        for (at, entry) in entries {
+            memory.0[at..at + 8].copy_from_slice(&u64::to_le_bytes(entry));
+        }
+        (state.paging, state.cr3) = (Paging::FourLevel, 0x1000);
+        state.registers[3] = 0x103e;
+        memory
+    }
+
+    #[test]
+    fn pages_decide_about_fetch_and_access() {
+        const NX: u64 = 1 << 63;
+        for (flags, user, smep, expected) in [
+            (0b111, true, false, Look::SplitLock),
+            (0b111, false, false, Look::SplitLock),
+            (0b111, false, true, Look::Faults),
+            (0b111, true, true, Look::SplitLock),
+            (0b011, false, true, Look::SplitLock),
+            (0b011, true, false, Look::Faults),
+            (0b101, true, false, Look::Faults),
+            (0b110, false, false, Look::Faults),
+            (0b111 | NX, true, false, Look::Faults),
+            (0b011 | NX, false, false, Look::Faults),
+        ] {
+            let mut state = state(CodeSize::Bits64);
+            state.rights = Rights { user, smep, ..state.rights };
+            let memory = page(&mut state, flags);
+            assert_eq!(look(&state, &ADD, &memory), expected, "{flags:#x} {user} {smep}");
+            // Its last byte stands on the next page, which is not there.
+            state.rip = 0x1ffe;
+            assert_eq!(look(&state, &ADD, &memory), Look::Faults);
+        }
+    }
+
+    #[test]
+    fn breakpoints_of_instructions_come_first() {
+        let at = [0x1000, 0x2000, 0x3000, 0x4000];
+        for (index, address) in (0..).zip(at) {
+            for enable in [1u64, 2] {
+                let dr7 = enable << (2 * index);
+                assert!(is_executed(dr7, at, address));
+                assert!(!is_executed(dr7, at, address + 1));
+                assert!(!is_executed(dr7 | 1 << (16 + 4 * index), at, address), "of data");
+                assert!(!is_executed(dr7 | 1 << (18 + 4 * index), at, address), "of two bytes");
+            }
+            assert!(!is_executed(0, at, address));
+        }
+    }
 }

@@ -16,7 +16,7 @@ use clap::Args;
 use serde::Serialize;
 
 use crate::bare::root;
-use crate::config::{HvConfig, Policy, Setup, Source, Vm};
+use crate::config::{HvConfig, Policy, Setup, SldSource, Source, Vm};
 use crate::console::Step;
 use crate::events::{Body, Event, parse_lines};
 use crate::guests;
@@ -59,6 +59,11 @@ const POLICIES: [(Policy, &[(&str, usize)]); 3] = [
 const WHOLE_RUN: u64 = 1_000_000_000;
 /// Exit reason "VMX-preemption timer expired".
 const PREEMPTION_TIMER: u16 = 52;
+/// The row of a guest that is traced, and exit reason "Monitor trap flag".
+const TRACED: &str = "trace";
+const MONITOR_TRAP_FLAG: u16 = 37;
+/// Ticks for which that guest works.
+const TRACED_TICKS: u64 = 1_000_000;
 /// A vCPU's turn in these runs, in ticks.
 const SLICE: u64 = 20_000;
 /// How many turns there are at least, in total and of each vCPU.
@@ -114,6 +119,7 @@ const ROWS: &[Row] = &[
     row("ac_emulate_8b", "LOCK CMPXCHG8B across two lines, policy `emulate`", Some(2000), ""),
     row("ac_warn", "LOCK ADD across two lines, policy `warn`: a task's first", None, "7150"),
     row("hlt_pending", "STI and HLT with an interrupt pending, and its handler", None, ""),
+    row(TRACED, "each instruction of a guest that is traced", None, ""),
     row("vcpu_switch", "from one vCPU's exit to another's entry, 2 on a CPU", Some(700), ""),
     row("vcpu_switch_8", "the same with 8", Some(700), ""),
     row("vcpu_switch_64", "the same with 64", Some(700), ""),
@@ -226,6 +232,12 @@ pub fn measure(system: &System) -> Result<Vec<Measured>> {
         let rows = POLICIES.iter().flat_map(|(_, rows)| rows.iter());
         rows.clone().find(|(row, _)| *row == name).map(|(_, exits)| *exits)
     };
+    let spinning = Vm {
+        source: Some(SldSource::Trace),
+        cmdline: format!("spin={TRACED_TICKS}"),
+        ..vm.clone()
+    };
+    let traced = run_machine(system, &setup(None, vec![spinning])?, 1)?;
     step.done();
 
     let read = |file: &Path| fs::read(file).with_context(|| format!("{}", file.display()));
@@ -238,6 +250,9 @@ pub fn measure(system: &System) -> Result<Vec<Measured>> {
     for row in ROWS {
         let (figures, visits, in_hypervisor_on) = if let Some(run) = switches.get(row.name) {
             let visits = run.visits(|visit| visit.switched && visit.reason == PREEMPTION_TIMER);
+            (figures(&visits), visits, [None; 3])
+        } else if row.name == TRACED {
+            let visits = traced.visits(|visit| visit.reason == MONITOR_TRAP_FLAG);
             (figures(&visits), visits, [None; 3])
         } else {
             let code = format!("{GUEST}::{}::timed", row.name);

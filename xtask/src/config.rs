@@ -285,7 +285,7 @@ const HOST_KEYS: &[Key] = &[
         example: "\"auto\"",
         meaning: &[
             "Who detects split locks. msr: the CPU. trace: the hypervisor looks at each",
-            "instruction, which is slow. auto: msr if the CPU can, else trace. none: nobody.",
+            "instruction, which is slow. auto: msr if the CPU can, else trace. none: no one.",
         ],
     },
     Key {

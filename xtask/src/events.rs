@@ -200,6 +200,8 @@ pub struct Ac {
     pub vm: String,
     /// The vCPU in it.
     pub vcpu: u32,
+    /// Who raised it: `msr` (the CPU) or `trace`.
+    pub source: String,
     /// Guest RIP of the instruction.
     pub rip: Address,
     /// Guest privilege level.
@@ -385,7 +387,7 @@ pub fn parse_lines<T: de::DeserializeOwned>(text: &str) -> Result<Vec<T>> {
 mod tests {
     use super::*;
 
-    const AC: &str = r#"{"seq":4,"tsc":99,"cpu":1,"event":"ac","vm":"a","vcpu":0,"rip":"0x201000","cpl":3,"am":false,"ac":true,"virtual_bit":false,"legacy":false,"verdict":"warn","bytes":"f0830001"}"#;
+    const AC: &str = r#"{"seq":4,"tsc":99,"cpu":1,"event":"ac","vm":"a","vcpu":0,"source":"msr","rip":"0x201000","cpl":3,"am":false,"ac":true,"virtual_bit":false,"legacy":false,"verdict":"warn","bytes":"f0830001"}"#;
 
     #[test]
     fn an_ac_event_is_read() {

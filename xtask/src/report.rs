@@ -177,10 +177,10 @@ mod tests {
         {"seq":1,"tsc":1,"cpu":0,"event":"vm-refused","vm":"broken","why":"unknown format"}
         {"seq":2,"tsc":1,"cpu":0,"event":"vm-start","vm":"split","policy":"fatal","source":"msr","exposed":false,"vcpus":1,"memory_bytes":8388608}
         {"seq":3,"tsc":1,"cpu":0,"event":"vm-start","vm":"legacy-ac","policy":"warn","source":"msr","exposed":false,"vcpus":1,"memory_bytes":8388608}
-        {"seq":4,"tsc":1,"cpu":0,"event":"ac","vm":"split","vcpu":0,"rip":"0x1","cpl":0,"am":false,"ac":false,"virtual_bit":false,"legacy":false,"verdict":"kill"}
+        {"seq":4,"tsc":1,"cpu":0,"event":"ac","vm":"split","vcpu":0,"source":"msr","rip":"0x1","cpl":0,"am":false,"ac":false,"virtual_bit":false,"legacy":false,"verdict":"kill"}
         {"seq":5,"tsc":1,"cpu":0,"event":"vm-end","vm":"split","reason":"split lock"}
-        {"seq":6,"tsc":1,"cpu":0,"event":"ac","vm":"legacy-ac","vcpu":0,"rip":"0x1","cpl":3,"am":true,"ac":true,"virtual_bit":false,"legacy":true,"verdict":"inject"}
-        {"seq":7,"tsc":1,"cpu":0,"event":"ac","vm":"legacy-ac","vcpu":0,"rip":"0x1","cpl":3,"am":true,"ac":true,"virtual_bit":false,"legacy":true,"verdict":"inject"}
+        {"seq":6,"tsc":1,"cpu":0,"event":"ac","vm":"legacy-ac","vcpu":0,"source":"msr","rip":"0x1","cpl":3,"am":true,"ac":true,"virtual_bit":false,"legacy":true,"verdict":"inject"}
+        {"seq":7,"tsc":1,"cpu":0,"event":"ac","vm":"legacy-ac","vcpu":0,"source":"msr","rip":"0x1","cpl":3,"am":true,"ac":true,"virtual_bit":false,"legacy":true,"verdict":"inject"}
         {"seq":8,"tsc":1,"cpu":0,"event":"vm-end","vm":"legacy-ac","reason":"exit","status":33}
         {"seq":9,"tsc":1,"cpu":0,"event":"shutdown","counters":{}}
     "#;

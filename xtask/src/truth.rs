@@ -1,6 +1,6 @@
 //! Compares what the hypervisor reported with what the machine did.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::BTreeMap;
 
 use crate::events::{Ac, Body, Event, Outcome, Truth};
 
@@ -28,7 +28,7 @@ pub fn check_truth(events: &[Event], truth: &[Truth]) -> Result<(), Vec<String>>
 /// Compares: every split lock that faulted in a guest must have led to exactly one `ac` event, with the
 /// same RIP and CPL, in the same order on each CPU, and no other `ac` event may exist.
 ///
-/// In a VM that is traced nothing faults: an `ac` event stands for itself there, and if it says `step`,
+/// What was found by tracing does not fault: such an `ac` event stands for itself, and if it says `step`,
 /// the instruction must have taken the bus.
 ///
 /// An `ac` event marked `legacy` may stand without a split lock: an ordinary alignment check is one
@@ -43,7 +43,6 @@ pub fn differences(events: &[Event], truth: &[Truth]) -> Differences {
             .collect(),
         ..Differences::default()
     };
-    let mut traced = BTreeSet::new();
     let mut per_cpu: BTreeMap<u32, OfCpu> = BTreeMap::new();
     for truth in truth.iter().filter(|truth| truth.vmx) {
         let of_cpu = per_cpu.entry(truth.cpu).or_default();
@@ -53,16 +52,12 @@ pub fn differences(events: &[Event], truth: &[Truth]) -> Differences {
         }
     }
     for event in events {
-        match &event.body {
-            Body::VmStart { vm, source, .. } if source == "trace" => {
-                traced.insert(&**vm);
-            }
-            Body::Ac(ac) => per_cpu.entry(event.cpu).or_default().acs.push(ac),
-            _ => {}
+        if let Body::Ac(ac) = &event.body {
+            per_cpu.entry(event.cpu).or_default().acs.push(ac);
         }
     }
     for (cpu, of_cpu) in per_cpu {
-        compare(cpu, &of_cpu, &traced, &mut found);
+        compare(cpu, &of_cpu, &mut found);
     }
     found
 }
@@ -75,17 +70,18 @@ struct OfCpu<'a> {
     acs: Vec<&'a Ac>,
 }
 
-/// One CPU's faults, and what was taken in VMs that are `traced`, against its `ac` events.
-fn compare(cpu: u32, of_cpu: &OfCpu<'_>, traced: &BTreeSet<&str>, found: &mut Differences) {
+/// One CPU's faults, and what was taken, against its `ac` events.
+fn compare(cpu: u32, of_cpu: &OfCpu<'_>, found: &mut Differences) {
     let mut faults = of_cpu.faulted.iter().peekable();
     let mut taken = of_cpu.taken.iter();
     for ac in &of_cpu.acs {
         let same = |truth: &&&Truth| truth.rip == ac.rip && truth.cpl == ac.cpl;
-        if faults.next_if(same).is_some() || ac.legacy {
-            continue;
-        }
-        let is_traced = traced.contains(&*ac.vm);
-        if is_traced && (ac.verdict != "step" || taken.any(|truth| same(&truth))) {
+        let is_true = if ac.source == "trace" {
+            ac.verdict != "step" || taken.any(|truth| same(&truth))
+        } else {
+            faults.next_if(same).is_some() || ac.legacy
+        };
+        if is_true {
             continue;
         }
         let next = faults.peek().map_or("none".to_owned(), |truth| describe(truth));
@@ -116,6 +112,7 @@ mod tests {
             body: Body::Ac(Ac {
                 vm: "vm".to_owned(),
                 vcpu: 0,
+                source: "msr".to_owned(),
                 rip: Address(rip),
                 cpl,
                 am: legacy,
@@ -191,33 +188,24 @@ mod tests {
 
     #[test]
     fn what_is_traced_does_not_fault_and_what_is_stepped_is_taken() {
-        let start = |source: &str| Event {
-            seq: 0,
-            tsc: 0,
-            cpu: 0,
-            body: Body::VmStart {
-                vm: "vm".to_owned(),
-                policy: "step".to_owned(),
-                source: source.to_owned(),
-                exposed: false,
-                vcpus: 1,
-                weight: 100,
-                memory_bytes: 0,
-            },
-        };
-        let step = |rip| {
+        let found = |source: &str, verdict: &str, rip| {
             let mut event = ac(0, rip, 0, false);
             if let Body::Ac(ac) = &mut event.body {
-                ac.verdict = "step".to_owned();
+                (ac.source, ac.verdict) = (source.to_owned(), verdict.to_owned());
             }
             event
         };
         let taken = |rip| Truth { outcome: Outcome::Taken, ..fault(0, rip, 0) };
-        let events = |source| [start(source), ac(0, 1, 0, false), step(2), step(3)];
+        let events = |source| {
+            [found(source, "inject", 1), found(source, "step", 2), found(source, "step", 3)]
+        };
         assert_eq!(check_truth(&events("trace"), &[taken(9), taken(2), taken(3)]), Ok(()));
         assert!(check_truth(&events("trace"), &[taken(3), taken(2)]).is_err());
         assert!(check_truth(&events("trace"), &[taken(2)]).is_err());
         assert!(check_truth(&events("msr"), &[taken(2), taken(3)]).is_err());
+        // A fault is the CPU's, whoever else is at the same place.
+        let faulted = [fault(0, 1, 0), taken(2), taken(3)];
+        assert!(check_truth(&events("trace"), &faulted).is_err());
     }
 
     #[test]

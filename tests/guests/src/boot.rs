@@ -41,9 +41,13 @@ pvh_entry:
     jne 2b
     mov edi, offset {tables} + 0x2000
     mov eax, {large_page}
-2:  mov [edi], eax
-    add edi, 8
+    // Few instructions, since each is a VM exit where the guest is traced.
+2:
+    .irp entry, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15
+    mov [edi + 8 * \entry], eax
     add eax, 0x200000
+    .endr
+    add edi, 16 * 8
     cmp edi, offset {tables} + 0x6000
     jne 2b
     mov eax, offset {tables}

@@ -525,6 +525,7 @@ mod tests {
         vms: 4,
         loads: 100,
         sld: Policy::Warn,
+        source: None,
         seed: 3,
     };
     /// Where the guest's split locks are, those that must be detected and the others.
@@ -628,6 +629,7 @@ mod tests {
             let ac = Ac {
                 vm: vm.clone(),
                 vcpu,
+                source: "msr".to_owned(),
                 rip,
                 cpl: 3,
                 am: legacy,

@@ -437,17 +437,18 @@ fn every_row() -> Result<()> {
 fn traced_rows() -> Result<()> {
     let table = table()?;
     let mut visited = BTreeSet::new();
-    let plain = |case: &Case| case.sld && case.quirk.is_none() && case.threads == 1;
+    // Of those whose rows others have, too, one is enough: each guest takes its time.
+    let plain = |case: &Case| ["off", "warn", "fatal"].contains(&case.about);
     for case in cases().into_iter().filter(plain) {
-        visited.extend(Case { traced: true, model: None, ..case }.visit(&table)?);
+        visited.extend(Case { traced: true, ..case }.visit(&table)?);
     }
     let unseen =
         |row: &Row| row.mode == "off" || row.mode == "warn" && row.exposed && !row.virtual_bit;
     let due = table.keys().filter(|row| row.host_sld && (row.legacy() || !unseen(row)));
+    // A guest that is told nothing has no bit to set, and with the mode off none is told.
+    let possible = |row: &&Row| !row.virtual_bit || row.exposed && row.mode != "off";
+    let due = due.filter(possible).filter(|row| !row.exposed || row.mode != "off");
     let missed: Vec<_> = due.filter(|row| !visited.contains(row)).collect();
-    // With the mode off, nobody has a bit to set.
-    let possible = |row: &&&Row| row.mode != "off" || !row.exposed && !row.virtual_bit;
-    let missed: Vec<_> = missed.iter().filter(possible).collect();
     ensure!(missed.is_empty(), "not visited: {missed:#?}");
     Ok(())
 }
