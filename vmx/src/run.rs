@@ -900,7 +900,7 @@ impl Loaded<'_> {
     }
 
     /// The one instruction has been executed, or an event delivered in its place.
-    fn step_done(&mut self, host: &mut impl Host) {
+    pub(crate) fn step_done(&mut self, host: &mut impl Host) {
         if self.vcpu.step.contains(Step::HOLE) {
             self.vcpu.step.remove(Step::HOLE);
             host.unmap_holes();

@@ -318,6 +318,11 @@ pub const GUESTS: &[Guest] = &[
         Behaviour::None(End::Exit(SUCCESS)),
     )
     .with_vcpus(4),
+    Guest::new(
+        "stepping",
+        "split locks that fault, trap and are interrupted as well",
+        Behaviour::Unaware(4),
+    ),
     Guest {
         command_line: "role=calm vcpus=2 seed=1",
         ..Guest::new(

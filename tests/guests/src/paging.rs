@@ -50,6 +50,11 @@ pub fn small_page(index: usize) -> *mut u8 {
     (SMALL + 4096 * index as u64) as *mut u8
 }
 
+/// The page table's entry of a small page.
+pub fn small_entry(index: usize) -> &'static AtomicU64 {
+    &SMALL_TABLE.0[index]
+}
+
 /// Makes a small page show the 4 KiB at `physical`. CPUs may still use the former translation until
 /// they [`forget`] it.
 pub fn show(index: usize, physical: u64) {

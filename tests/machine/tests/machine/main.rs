@@ -19,6 +19,7 @@ mod refusals;
 mod sharing;
 mod shim;
 mod smp;
+mod stepping;
 mod trace;
 mod vcpu;
 mod verdicts;
@@ -41,6 +42,7 @@ fn main() -> ExitCode {
         vcpu::trials(),
         smp::trials(),
         policies::trials(),
+        stepping::trials(),
         trace::trials(),
         console::trials(),
         bench::trials(),
