@@ -319,6 +319,11 @@ pub const GUESTS: &[Guest] = &[
     )
     .with_vcpus(4),
     Guest::new(
+        "locked-ops",
+        "random locked instructions, aligned and split, with equal outcomes",
+        Behaviour::Unaware(200),
+    ),
+    Guest::new(
         "stepping",
         "split locks that fault, trap and are interrupted as well",
         Behaviour::Unaware(4),

@@ -18,6 +18,10 @@ use crate::vms;
 
 pub fn trials() -> Vec<Trial> {
     let mut trials = Vec::new();
+    for (policy, done, seed) in [(Policy::Step, "step", 1), (Policy::Emulate, "emulate", 2)] {
+        let name = format!("stepping::random_operations_{policy}");
+        trials.push(trial(name, move || operations(policy, done, seed)));
+    }
     for policy in [Policy::Step, Policy::Emulate] {
         for (cpus, vcpus, parts) in [
             ("1", 1, "trap fault hole storm"),
@@ -77,6 +81,25 @@ fn run(policy: Policy, cpus: Topology, vcpus: u32, parts: &str) -> Result<()> {
     }
     check_steps(&outcome)?;
     check_bits(&outcome)
+}
+
+/// Random locked instructions do the same where they are stepped or emulated as on an aligned operand.
+fn operations(policy: Policy, done: &str, seed: u64) -> Result<()> {
+    const COUNT: usize = 4000;
+    let guest = guests::find("locked-ops").context("it is not registered")?;
+    let vm = Vm { cmdline: format!("count={COUNT} seed={seed}"), ..Vm::of_guest(guest) };
+    let outcome = vms::run(&HvConfig::new(policy, vec![vm]), MachineConfig::default())?;
+    let status = outcome.events.iter().find_map(|event| match &event.body {
+        Body::VmEnd { status, .. } => *status,
+        _ => None,
+    });
+    check_eq(&outcome, "status", status, Some(SUCCESS.into()))?;
+    let counted = acs(&outcome).filter(|ac| ac.verdict == done).count();
+    check_eq(&outcome, done, counted, COUNT)?;
+    check_eq(&outcome, "all #AC", acs(&outcome).count(), COUNT)?;
+    let locks = if policy == Policy::Step { COUNT } else { 0 };
+    check_eq(&outcome, "bus locks", taken(&outcome), locks)?;
+    check_steps(&outcome)
 }
 
 fn acs(outcome: &RunOutcome) -> impl Iterator<Item = &Ac> {
