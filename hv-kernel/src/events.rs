@@ -7,7 +7,7 @@ use alloc::boxed::Box;
 use core::fmt::{self, Write};
 
 use arrayvec::ArrayVec;
-use sld::{MsrWrite, Policy, RealBit};
+use sld::{MsrWrite, RealBit};
 use vmx::split_lock::AcReport;
 
 use crate::serial;
@@ -33,8 +33,6 @@ pub enum Event {
     RealBit(RealBit),
     /// The software's bit was: tracing begins or ends.
     TraceBit(RealBit),
-    /// A new policy of the VM is in force for the vCPU.
-    Policy(Policy),
 }
 
 /// Where and when something happened.
@@ -167,7 +165,6 @@ impl Record {
                 Event::TestCtrlWrite { .. } => "test-ctrl-write",
                 Event::RealBit(_) => "real-bit",
                 Event::TraceBit(_) => "trace-bit",
-                Event::Policy(_) => "policy",
             },
         )?;
         if let Some((vm, vcpu)) = self.subject {
@@ -194,7 +191,6 @@ impl Record {
                 json.flag("on", on)?;
                 json.text("why", why)
             }
-            Event::Policy(policy) => json.text("policy", policy),
         }
     }
 }
@@ -325,10 +321,6 @@ mod tests {
         assert_eq!(
             written(Some(("a", 1)), Event::TraceBit(RealBit { on: false, why: Why::Warn })),
             r#"{"event":"trace-bit","vm":"a","vcpu":1,"on":false,"why":"warn"}"#
-        );
-        assert_eq!(
-            written(Some(("a", 1)), Event::Policy(Policy::Step)),
-            r#"{"event":"policy","vm":"a","vcpu":1,"policy":"step"}"#
         );
         assert_eq!(
             written(

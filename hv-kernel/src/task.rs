@@ -22,7 +22,7 @@ use vmx::vcpu::{Counters as Exits, Vcpu};
 
 use crate::counters::Counters;
 use crate::devices::Devices;
-use crate::events::{Event, Ring, Subject};
+use crate::events::{self, Event, Ring, Subject};
 use crate::guest_memory::GuestMemory;
 use crate::percpu::PerCpu;
 use crate::sched::{Cpu, SldCpu};
@@ -623,11 +623,21 @@ impl Host for Running<'_> {
         self.thread.vm.policy().policy()
     }
 
+    #[cold]
+    #[inline(never)]
     fn on_policy(&mut self, policy: Policy) {
-        self.thread.push(self.cpu.shared, Event::Policy(policy));
+        let (name, index) = self.thread.subject();
+        // At once, other than what a guest brings about: an operator does not do it often.
+        events::write(self.cpu.shared.stamp(), "policy", |json| {
+            json.text("vm", name)?;
+            json.number("vcpu", index)?;
+            json.text("policy", policy)
+        });
         self.thread.vm.policy_taken(self.thread.index, policy);
     }
 
+    #[cold]
+    #[inline(never)]
     fn on_inspect(&mut self, exits: &Exits) {
         let counters = Counters { exits: exits.clone(), ..self.thread.counters.clone() };
         let slot = &self.thread.vm.vcpus[self.thread.index as usize];

@@ -312,6 +312,7 @@ impl Vcpu {
         Ok(written)
     }
 
+    #[inline(always)]
     fn write(
         &mut self,
         guard: &mut impl PreemptionDisabled,
@@ -355,7 +356,7 @@ impl Vcpu {
     /// shutdown, so a guest's write is stored, for the guest to read back, and goes no further;
     /// no architectural way exists to tell the guest that its MSR is not the real one. Only for
     /// a vCPU that has a say.
-    #[inline]
+    #[inline(always)]
     fn update(
         &self,
         guard: &mut impl PreemptionDisabled,

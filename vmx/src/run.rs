@@ -445,6 +445,7 @@ impl Loaded<'_> {
     /// The VM's new policy comes into force for this vCPU: also for a split lock that waits for its
     /// step, which raises its #AC again.
     #[cold]
+    #[inline(never)]
     fn take_policy(&mut self, host: &mut impl Host) -> Handled {
         self.give_up_step(host);
         let policy = host.policy();
