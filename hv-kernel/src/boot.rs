@@ -22,7 +22,7 @@ use crate::source::Wishes;
 use crate::summary::{self, Ending};
 use crate::vm::{Bitmaps, Factory};
 use crate::x86::{cpu, mca};
-use crate::{acpi, console, events, hardware, logger, memory, platform, power, serial};
+use crate::{acpi, clock, console, events, hardware, logger, memory, platform, power, serial};
 
 /// Not read: cargo builds again when the linker script changes.
 const _: &str = include_str!("../kernel.ld");
@@ -111,6 +111,7 @@ fn run(
         migrate_exits: config.migrate_exits,
         stop_after_loads: config.stop_after_loads,
         verify: config.verify,
+        schedule_events: config.schedule_events,
     };
     let wishes = Wishes::of(&config);
     let mut boot = BootCpu::start(wishes, policy).map_err(refuse)?;
@@ -154,6 +155,9 @@ fn say_boot(boot: &BootCpu, config: &Config, source: Source, firmware: &str) {
         json.number("cpus", cpus)?;
         json.text("sld", config.sld)?;
         json.text("sld_source", source)?;
+        if let Some(ticks) = clock::known_ticks_per_second() {
+            json.number("ticks_per_second", ticks)?;
+        }
         json.text("firmware", firmware)
     });
     summary::host(summary::Host { cpus, mode: config.sld, source, detection: boot.detection });

@@ -6,14 +6,19 @@ use core::num::NonZeroU64;
 /// holds for a longer one.
 const FASTEST: NonZeroU64 = NonZeroU64::new(8_000_000_000).unwrap();
 
-/// Ticks of the time-stamp counter in a second.
+/// Ticks of the time-stamp counter in a second: not less than there are.
 pub fn ticks_per_second() -> NonZeroU64 {
+    known_ticks_per_second().unwrap_or(FASTEST)
+}
+
+/// The same as far as the CPU says it.
+pub fn known_ticks_per_second() -> Option<NonZeroU64> {
     let leaf = |number| {
         let highest = core::arch::x86_64::__cpuid(0).eax;
         let answer = (highest >= number).then(|| core::arch::x86_64::__cpuid(number));
         answer.map_or([0; 3], |answer| [answer.eax, answer.ebx, answer.ecx])
     };
-    from_cpuid(leaf(0x15), leaf(0x16)[0]).unwrap_or(FASTEST)
+    from_cpuid(leaf(0x15), leaf(0x16)[0])
 }
 
 /// From EAX, EBX and ECX of leaf 15h and EAX of leaf 16h; zero where they say nothing. SDM volume 3,

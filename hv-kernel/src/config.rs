@@ -82,6 +82,9 @@ pub struct Config {
     /// Whether the invariants are checked at each vCPU load, put and task switch.
     #[serde(default)]
     pub verify: bool,
+    /// Whether each vCPU load and put is an event.
+    #[serde(default)]
+    pub schedule_events: bool,
     /// A vCPU that had so many exits or more since it came to its CPU is sent on to the next one at
     /// the end of its turn; none is if absent.
     #[serde(default)]
@@ -432,13 +435,15 @@ mod tests {
     fn smp_keys() {
         let config = Config::parse(format!("sld = \"warn\"\n{VM}").as_bytes()).unwrap();
         assert_eq!((config.cpus, config.verify), (None, false));
+        assert!(!config.schedule_events);
         assert_eq!((config.migrate_exits, config.stop_after_loads), (None, None));
         let text = format!(
-            "sld = \"warn\"\ncpus = 3\nverify = true\nmigrate_exits = 40\n\
+            "sld = \"warn\"\ncpus = 3\nverify = true\nschedule_events = true\nmigrate_exits = 40\n\
              stop_after_loads = 5\n{VM}vcpus = 2\nweight = 7\ncpus = [2, 0]\n"
         );
         let config = Config::parse(text.as_bytes()).unwrap();
         assert_eq!((config.cpus, config.verify), (Some(3), true));
+        assert!(config.schedule_events);
         assert_eq!((config.migrate_exits, config.stop_after_loads), (Some(40), Some(5)));
         let placement = config.vms[0].placement(0b1101);
         assert_eq!(placement, Ok(Placement { vcpus: 2, weight: 7, cpus: 0b101 }));

@@ -23,6 +23,7 @@ impl SplitLocks {
     }
 
     /// Counts one. `legacy`: the #AC may have been an ordinary alignment check.
+    #[inline]
     pub fn count(&mut self, outcome: AcOutcome, legacy: bool) {
         self.outcomes[outcome as usize] += 1;
         self.legacy += u64::from(legacy);
@@ -32,6 +33,11 @@ impl SplitLocks {
     pub fn add(&mut self, other: &Self) {
         self.outcomes.iter_mut().zip(other.outcomes).for_each(|(sum, count)| *sum += count);
         self.legacy += other.legacy;
+    }
+
+    /// All of them, whatever was done.
+    pub fn all(&self) -> u64 {
+        self.outcomes.iter().sum()
     }
 
     /// How often this was done.

@@ -10,12 +10,13 @@ use arrayvec::ArrayVec;
 use sld::{MsrWrite, RealBit};
 use vmx::split_lock::AcReport;
 
+use crate::offenders::Offenders;
 use crate::serial;
 
 /// Events that a ring holds.
 const RING: usize = 128;
 /// What one exit, with a load and a put, may add.
-const MARGIN: usize = 12;
+const MARGIN: usize = 14;
 
 /// An event of an exit path.
 #[derive(Debug, Clone, Copy)]
@@ -33,6 +34,16 @@ pub enum Event {
     RealBit(RealBit),
     /// The software's bit was: tracing begins or ends.
     TraceBit(RealBit),
+    /// A vCPU is loaded, and its guest about to run. Its task's flag is this.
+    Load {
+        /// SLD_DISABLED.
+        disabled: bool,
+    },
+    /// Its guest does not run any more, and it is about to be put.
+    Put {
+        /// SLD_DISABLED.
+        disabled: bool,
+    },
 }
 
 /// Where and when something happened.
@@ -63,16 +74,19 @@ pub struct Ring {
     /// So many of them are written. All are forgotten when all are: the usual case, adding one,
     /// stays short.
     written: usize,
+    /// Where the guest splits locks, by the events that are written: what an exit takes is as little as
+    /// can be.
+    pub offenders: Offenders,
 }
 
 impl Ring {
     /// What one takes on the heap.
     #[cfg(not(test))]
-    pub const BYTES: usize = size_of::<ArrayVec<Record, RING>>();
+    pub const BYTES: usize = size_of::<ArrayVec<Record, RING>>() + Offenders::BYTES;
 
     /// An empty ring.
     pub fn new() -> Self {
-        Self { records: Box::new(ArrayVec::new()), written: 0 }
+        Self { records: Box::new(ArrayVec::new()), written: 0, offenders: Offenders::new() }
     }
 
     /// Adds an event. Without room all are written first, however long that takes.
@@ -113,6 +127,10 @@ impl Ring {
     }
 
     fn forget_one(&mut self) {
+        if let Some(Record { stamp, event: Event::Ac(report), .. }) = self.records.get(self.written)
+        {
+            self.offenders.count(report, stamp.tsc);
+        }
         self.written += 1;
         if self.written == self.records.len() {
             self.records.clear();
@@ -142,6 +160,21 @@ pub fn write(stamp: Stamp, name: &str, fields: impl FnOnce(&mut Object<'_>) -> f
     });
 }
 
+/// The same if no other CPU has the port; whether it is written. `stamp` is asked only then.
+pub fn try_write(
+    stamp: impl FnOnce() -> Stamp,
+    name: &str,
+    fields: impl FnOnce(&mut Object<'_>) -> fmt::Result,
+) -> bool {
+    let write = |out: &mut dyn Write| {
+        line(out, stamp(), |json| {
+            json.text("event", name)?;
+            fields(json)
+        })
+    };
+    serial::EVENTS.try_with(write).is_some()
+}
+
 fn line(
     out: &mut dyn Write,
     stamp: Stamp,
@@ -165,6 +198,8 @@ impl Record {
                 Event::TestCtrlWrite { .. } => "test-ctrl-write",
                 Event::RealBit(_) => "real-bit",
                 Event::TraceBit(_) => "trace-bit",
+                Event::Load { .. } => "load",
+                Event::Put { .. } => "put",
             },
         )?;
         if let Some((vm, vcpu)) = self.subject {
@@ -175,7 +210,9 @@ impl Record {
             Event::Ac(report) => {
                 json.text("source", report.source)?;
                 json.address("rip", report.rip)?;
+                json.address("cr3", report.cr3)?;
                 json.number("cpl", report.context.cpl)?;
+                json.number("bits", report.code.bits())?;
                 json.flag("am", report.context.cr0_am)?;
                 json.flag("ac", report.context.eflags_ac)?;
                 json.flag("virtual_bit", report.virtual_bit)?;
@@ -191,12 +228,13 @@ impl Record {
                 json.flag("on", on)?;
                 json.text("why", why)
             }
+            Event::Load { disabled } | Event::Put { disabled } => json.flag("disabled", disabled),
         }
     }
 }
 
 /// Bytes in hexadecimal.
-struct Hex<'a>(&'a [u8]);
+pub struct Hex<'a>(pub &'a [u8]);
 
 impl fmt::Display for Hex<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -278,22 +316,29 @@ impl Write for Escape<'_> {
     }
 }
 
+/// What an object of these fields looks like.
+#[cfg(test)]
+pub fn object(fields: impl FnOnce(&mut Object<'_>) -> fmt::Result) -> String {
+    let mut text = String::new();
+    let mut json = Object::open(&mut text).unwrap();
+    fields(&mut json).unwrap();
+    json.close().unwrap();
+    text
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
     use sld::{AcContext, Source, Why};
     use std::string::String;
+    use vmx::emulate::operand::CodeSize;
     use vmx::run::InstructionBytes;
     use vmx::split_lock::AcOutcome;
 
     const STAMP: Stamp = Stamp { tsc: 7, cpu: 3, seq: 5 };
 
     fn written(subject: Option<Subject>, event: Event) -> String {
-        let mut text = String::new();
-        let mut json = Object::open(&mut text).unwrap();
-        Record { stamp: STAMP, subject, event }.write(&mut json).unwrap();
-        json.close().unwrap();
-        text
+        object(|json| Record { stamp: STAMP, subject, event }.write(json))
     }
 
     #[test]
@@ -304,15 +349,17 @@ mod tests {
         let report = AcReport {
             source: Source::Msr,
             rip: 0x10_0000,
+            cr3: 0x5000,
             context,
             virtual_bit: false,
             outcome: AcOutcome::Kill,
             first: false,
+            code: CodeSize::Bits32,
             instruction: InstructionBytes::new(bytes, 2),
         };
         assert_eq!(
             written(Some(("a", 2)), Event::Ac(report)),
-            r#"{"event":"ac","vm":"a","vcpu":2,"source":"msr","rip":"0x100000","cpl":3,"am":true,"ac":false,"virtual_bit":false,"legacy":false,"verdict":"kill","bytes":"f001"}"#
+            r#"{"event":"ac","vm":"a","vcpu":2,"source":"msr","rip":"0x100000","cr3":"0x5000","cpl":3,"bits":32,"am":true,"ac":false,"virtual_bit":false,"legacy":false,"verdict":"kill","bytes":"f001"}"#
         );
         assert_eq!(
             written(None, Event::RealBit(RealBit { on: true, why: Why::Boot })),
@@ -329,6 +376,12 @@ mod tests {
             ),
             r#"{"event":"test-ctrl-write","vm":"a","vcpu":0,"value":"0x20000000","result":"stored"}"#
         );
+        for (event, name) in
+            [(Event::Load { disabled: true }, "load"), (Event::Put { disabled: true }, "put")]
+        {
+            let expected = r#"{"event":"NAME","vm":"a","vcpu":0,"disabled":true}"#;
+            assert_eq!(written(Some(("a", 0)), event), expected.replace("NAME", name));
+        }
     }
 
     #[test]

@@ -22,6 +22,7 @@ mod logger;
 mod machine_check;
 mod monitor;
 mod mtrr;
+mod offenders;
 mod pvh;
 mod ramdisk;
 mod runqueue;

@@ -153,6 +153,8 @@ pub struct Policy {
     pub stop_after_loads: Option<u64>,
     /// Whether invariants are checked at each load, put and switch.
     pub verify: bool,
+    /// Whether each load and put is an event.
+    pub schedule_events: bool,
 }
 
 /// What a CPU keeps to itself.
@@ -166,7 +168,7 @@ pub struct Cpu {
     /// What VM exits load.
     pub host: HostState,
     apic: LocalApic,
-    policy: Policy,
+    pub policy: Policy,
     /// Its idle task.
     idle: Task,
     /// Events that are of no vCPU.
@@ -419,14 +421,14 @@ impl Cpu {
     fn turn(&mut self, mut task: Box<VcpuTask>) -> Option<Box<VcpuTask>> {
         let mut start = now();
         self.shared.front.store(task.thread.vruntime, Ordering::Relaxed);
+        if task.thread.vm.is_over() {
+            task.thread.next = Next::Retire;
+        }
         // Its output is written in its own time.
         if !task.thread.has_written() {
             task.thread.write_output(self.policy.slice_ticks / 2);
         }
         let written = task.thread.has_written();
-        if task.thread.vm.is_over() {
-            task.thread.next = Next::Retire;
-        }
         let mailbox_empty = {
             let thread = &task.thread;
             thread.vm.vcpus[thread.index as usize].mailbox.is_empty()
@@ -692,6 +694,7 @@ impl Cpu {
         let vm = task.thread.vm.clone();
         vm.vcpus[task.thread.index as usize].whereabouts.set_gone();
         let (name, index) = task.thread.subject();
+        summary::offenders(name, task.thread.offenders());
         events::write(percpu::stamp(), "vcpu-end", |json| {
             json.text("vm", name)?;
             json.number("vcpu", index)?;

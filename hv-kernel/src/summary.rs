@@ -3,6 +3,7 @@
 use core::fmt::{self, Write};
 
 use arrayvec::{ArrayString, ArrayVec};
+use log::Level;
 use raw_cpuid::{CpuId, CpuIdReaderNative};
 use sld::{Detection, Policy, Source};
 use spin::Mutex;
@@ -11,6 +12,7 @@ use vmx::split_lock::AcOutcome;
 use crate::config::{AtEnd, MAX_NAME, MAX_VMS};
 use crate::console::Console;
 use crate::counters::SplitLocks;
+use crate::offenders::Offender;
 use crate::screen::{Colour, Screen};
 
 /// The longest text about how a VM ended, and about why it cannot start.
@@ -20,12 +22,19 @@ const MAX_WHY: usize = 200;
 const MAX_LINE: usize = 320;
 /// How many rows the table has: a VM that is started again has one more.
 const MAX_ROWS: usize = 2 * MAX_VMS;
+/// Places in guests that are remembered, and those that are shown.
+const MAX_PLACES: usize = 64;
+const SHOWN_PLACES: usize = 5;
 /// Rows of the page that are not the table's.
 const OTHER_ROWS: usize = 15;
 
 /// What the page tells. Filled in as it happens; nothing is allocated, since VMs end on guests' paths.
-static RUN: Mutex<Run> =
-    Mutex::new(Run { host: None, vms: ArrayVec::new_const(), left_out: SplitLocks::new() });
+static RUN: Mutex<Run> = Mutex::new(Run {
+    host: None,
+    vms: ArrayVec::new_const(),
+    left_out: SplitLocks::new(),
+    places: ArrayVec::new_const(),
+});
 
 struct Run {
     host: Option<Host>,
@@ -33,6 +42,8 @@ struct Run {
     vms: ArrayVec<Row, MAX_ROWS>,
     /// Split locks of those that there is no room for.
     left_out: SplitLocks,
+    /// Where guests split locks, as far as there is room for it.
+    places: ArrayVec<Place, MAX_PLACES>,
 }
 
 /// The machine, once it is up.
@@ -60,6 +71,19 @@ struct Row {
     colour: Colour,
     /// Why it cannot start, if it cannot.
     why: Short<MAX_WHY>,
+}
+
+/// An instruction of a VM that splits locks, whichever vCPU executes it.
+#[derive(Debug)]
+struct Place {
+    vm: &'static str,
+    rip: u64,
+    cr3: u64,
+    /// How often it did, and how often it may have done besides, unnoticed.
+    count: u64,
+    missed: u64,
+    /// The instruction in hexadecimal.
+    bytes: Short<30>,
 }
 
 impl Row {
@@ -125,14 +149,26 @@ pub fn ended(name: &str, how: fmt::Arguments<'_>, colour: Colour, split_locks: &
     }
 }
 
+/// A vCPU of this VM is over, and these are the places where its guest has split locks.
+pub fn offenders(vm: &'static str, places: &[Offender]) {
+    let mut run = RUN.lock();
+    places
+        .iter()
+        .filter(|place| place.counts.seen() > 0)
+        .for_each(|place| run.add_place(vm, place));
+}
+
 /// Writes the table into the log, and shows the page on the screen.
 pub fn show(console: &mut Console, ending: Ending<'_>, at_end: AtEnd) {
     let run = RUN.lock();
     if let Ending::Finished { .. } = ending {
-        let mut log = Unseen { console, line: Short::new() };
+        let mut log = Unseen { console, line: Short::new(), is_kept_only: false };
         log.line(Colour::Text, format_args!(""));
         run.table(&mut log, MAX_ROWS);
         run.totals(&mut log, ending);
+        // For those who have no events: others see the instructions' text and symbols, by xtask.
+        log.is_kept_only = true;
+        run.instructions(&mut log, 1 + SHOWN_PLACES);
     }
     let is_kept = console.is_kept();
     if console.screen.exists() {
@@ -179,7 +215,10 @@ impl Run {
             Ending::Finished { .. } => {
                 let rows = page.paper.size().1.saturating_sub(OTHER_ROWS).max(2);
                 let used = self.table(page, rows);
-                self.reasons(page, rows - used);
+                let used = used + self.reasons(page, rows - used);
+                if let Some(left) = (rows - used).checked_sub(1) {
+                    self.instructions(page, left);
+                }
                 page.line(Colour::Text, format_args!(""));
                 self.totals(page, ending);
             }
@@ -233,16 +272,69 @@ impl Run {
         self.vms.len().min(rows)
     }
 
-    /// Why VMs cannot start, as far as so many rows are enough. The log has it anyway.
-    fn reasons(&self, page: &mut Page<impl Paper>, mut rows: usize) {
+    fn add_place(&mut self, vm: &'static str, new: &Offender) {
+        let (count, missed) = (new.counts.seen(), new.missed);
+        let known = |place: &&mut Place| (place.vm, place.rip, place.cr3) == (vm, new.rip, new.cr3);
+        if let Some(place) = self.places.iter_mut().find(known) {
+            place.count += count;
+            place.missed += missed;
+            return;
+        }
+        let bytes = Short::of(format_args!("{}", new.bytes()));
+        let place = Place { vm, rip: new.rip, cr3: new.cr3, count, missed, bytes };
+        if let Err(full) = self.places.try_push(place)
+            && let Some(rarest) = self.places.iter_mut().min_by_key(|place| place.count)
+            && rarest.count < count
+        {
+            *rarest = full.element();
+        }
+    }
+
+    /// Which instructions split the most locks, in so many rows at most: none for less than two.
+    fn instructions(&self, lines: &mut impl Lines, rows: usize) {
+        let mut places: ArrayVec<&Place, MAX_PLACES> = self.places.iter().collect();
+        places.sort_unstable_by_key(|place| (core::cmp::Reverse(place.count), place.vm, place.rip));
+        places.truncate(rows.saturating_sub(1).min(SHOWN_PLACES));
+        if places.is_empty() {
+            return;
+        }
+        let name = places.iter().map(|place| place.vm.len()).max().unwrap_or(0).max(2);
+        lines.line(Colour::Text, format_args!(""));
+        lines.line(
+            Colour::Heading,
+            format_args!(
+                "{:name$}  {:18}  {:11}  most frequent instructions",
+                "VM", "RIP", "split locks"
+            ),
+        );
+        for Place { vm, rip, count, missed, bytes, .. } in places {
+            let times: Short<24> = match missed {
+                0 => Short::of(format_args!("{count}")),
+                _ => Short::of(format_args!("{count} or more")),
+            };
+            lines.line(
+                Colour::Text,
+                format_args!("{vm:name$}  {rip:<#18x}  {:11}  {bytes}", &*times.0),
+            );
+        }
+    }
+
+    /// Why VMs cannot start, as far as so many rows are enough: how many it took. The log has it
+    /// anyway.
+    fn reasons(&self, page: &mut Page<impl Paper>, rows: usize) -> usize {
+        let mut used = 0;
         for row in self.vms.iter().filter(|row| !row.why.0.is_empty()) {
             let text: Short<{ MAX_WHY + MAX_NAME + 2 }> =
                 Short::of(format_args!("{}: {}", row.name, row.why));
-            let Some(left) = rows.checked_sub(1 + page.height(&text.0)) else { return };
-            rows = left;
+            let height = 1 + page.height(&text.0);
+            if used + height > rows {
+                break;
+            }
+            used += height;
             page.line(Colour::Text, format_args!(""));
             page.wrapped(Colour::Error, &text.0);
         }
+        used
     }
 
     fn totals(&self, lines: &mut impl Lines, ending: Ending<'_>) {
@@ -418,6 +510,8 @@ trait Lines {
 struct Unseen<'a> {
     console: &'a mut Console,
     line: Short<MAX_LINE>,
+    /// Not for the serial ports either.
+    is_kept_only: bool,
 }
 
 impl Lines for Unseen<'_> {
@@ -427,7 +521,12 @@ impl Lines for Unseen<'_> {
 
     fn line(&mut self, colour: Colour, text: fmt::Arguments<'_>) {
         self.part(colour, text);
-        self.console.write_unseen(format_args!("{}", self.line.0.trim_end()));
+        let line = self.line.0.trim_end();
+        if self.is_kept_only {
+            self.console.log(Level::Debug, format_args!("{line}"));
+        } else {
+            self.console.write_unseen(format_args!("{line}"));
+        }
         self.line.0.clear();
     }
 }
@@ -530,6 +629,8 @@ impl<P: Paper> Lines for Page<'_, P> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::offenders::Offenders;
+    use crate::offenders::tests::report;
     use std::string::String;
     use std::{format, vec::Vec};
     use vmx::split_lock::AcOutcome::{Inject, Kill, Warn};
@@ -573,8 +674,17 @@ mod tests {
         Row { split_locks, end, ..Row::new(name, Some(Policy::Warn), 2) }
     }
 
+    fn empty() -> Run {
+        Run {
+            host: None,
+            vms: ArrayVec::new(),
+            left_out: SplitLocks::new(),
+            places: ArrayVec::new(),
+        }
+    }
+
     fn run() -> Run {
-        let mut run = Run { host: None, vms: ArrayVec::new(), left_out: SplitLocks::new() };
+        let mut run = empty();
         run.vms.push(row("split", locks(&[(Warn, 1)], false), "exit 33"));
         run.vms.push(row("sld-aware", locks(&[(Inject, 4), (Kill, 1)], false), "split lock"));
         run.vms.push(row("legacy", locks(&[(Inject, 6)], true), "still running"));
@@ -625,6 +735,63 @@ mod tests {
             assert_eq!(hidden, rows < MAX_VMS + OTHER_ROWS, "{rows}:\n{}", sheet.text);
             assert!(sheet.text.contains("64 VMs, 6 split locks seen, 77 VM exits"));
         }
+    }
+
+    fn place(vm: &'static str, rip: u64, count: u64, missed: u64) -> Place {
+        let bytes = Short::of(format_args!("f00107"));
+        Place { vm, rip, cr3: 0, count, missed, bytes }
+    }
+
+    #[test]
+    fn places_of_a_vms_vcpus_are_one_and_the_rarest_are_forgotten() {
+        let mut run = empty();
+        let mut add = |vm, rip, times| {
+            let mut table = Offenders::new();
+            (0..times).for_each(|tsc| table.count(&report(rip, 0), tsc));
+            run.add_place(vm, &table.places()[0]);
+            let mut counts: Vec<_> = run.places.iter().map(|p| (p.vm, p.rip, p.count)).collect();
+            counts.sort_unstable();
+            counts
+        };
+        add("a", 1, 3);
+        add("b", 1, 5);
+        assert_eq!(add("a", 1, 4), [("a", 1, 7), ("b", 1, 5)]);
+        (2..MAX_PLACES as u64).for_each(|rip| drop(add("a", rip, 2)));
+        assert_eq!(add("c", 1, 2).len(), MAX_PLACES);
+        let counts = add("c", 1, 9);
+        assert_eq!((counts.len(), counts.last()), (MAX_PLACES, Some(&("c", 1, 9))));
+        assert!(counts.contains(&("a", 1, 7)) && counts.contains(&("b", 1, 5)));
+    }
+
+    #[test]
+    fn the_most_frequent_instructions_are_shown_where_there_is_room() {
+        let mut run = run();
+        for (rip, count) in [(0x10, 3), (0x20, 70), (0x30, 2), (0x40, 1), (0x50, 9), (0x60, 4)] {
+            run.places.push(place("split", rip, count, u64::from(rip == 0x50)));
+        }
+        let shown = |rows| {
+            let mut sheet = Sheet::new(80, 25);
+            run.instructions(&mut Page::new(&mut sheet), rows);
+            sheet.text
+        };
+        let expected = "
+
+  VM     RIP                 split locks  most frequent instructions
+  split  0x20                70           f00107
+  split  0x50                9 or more    f00107
+";
+        assert_eq!(shown(3), expected.replacen('\n', "", 1));
+        assert_eq!(shown(9).lines().count(), 2 + SHOWN_PLACES);
+        assert_eq!((shown(1), shown(0)), (String::new(), String::new()));
+        // Four VMs, an empty row and two for the reason; an empty row, the heading, an instruction.
+        let page = |rows| {
+            let mut sheet = Sheet::new(40, rows);
+            run.page(&mut Page::new(&mut sheet), FINISHED, AtEnd::PowerOff, false);
+            assert!(sheet.text.lines().count() < rows, "{}", sheet.text);
+            sheet.text
+        };
+        assert!(page(OTHER_ROWS + 7 + 3).contains("0x20"));
+        assert!(!page(OTHER_ROWS + 7 + 2).contains("instructions"));
     }
 
     #[test]

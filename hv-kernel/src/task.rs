@@ -24,7 +24,8 @@ use crate::counters::Counters;
 use crate::devices::Devices;
 use crate::events::{self, Event, Ring, Subject};
 use crate::guest_memory::GuestMemory;
-use crate::percpu::PerCpu;
+use crate::offenders::Offender;
+use crate::percpu::{self, PerCpu};
 use crate::sched::{Cpu, SldCpu};
 use crate::vm::{Inspected, Reason, Vm};
 use crate::x86::mca;
@@ -225,10 +226,23 @@ impl Thread {
         self.ring.is_over_half() || self.vm.devices.lock().is_full()
     }
 
-    /// Whether all its output is written.
+    /// Whether all its output is written: at its end also where its guest split locks.
     #[inline]
     pub fn has_written(&self) -> bool {
-        self.ring.is_empty() && !self.vm.has_lines()
+        self.ring.is_empty()
+            && !self.vm.has_lines()
+            && (self.next != Next::Retire || self.ring.offenders.is_told())
+    }
+
+    /// Where its guest split locks, as far as its events are written.
+    pub fn offenders(&self) -> &[Offender] {
+        self.ring.offenders.places()
+    }
+
+    /// Writes an offender out, at its end.
+    fn write_offender(&mut self) -> bool {
+        let subject = self.subject();
+        self.next == Next::Retire && self.ring.offenders.write_one(percpu::stamp, subject)
     }
 
     /// Writes events and its VM's output out until `ticks` have passed, one line at least if
@@ -238,7 +252,7 @@ impl Thread {
         loop {
             // The console first: a line that is taken out is printed.
             let printed = console::try_with(|console| self.vm.print_line(console));
-            let progress = self.ring.write_one() || printed == Some(true);
+            let progress = self.ring.write_one() || printed == Some(true) || self.write_offender();
             if !progress || now().wrapping_sub(start) >= ticks {
                 return;
             }
@@ -284,6 +298,7 @@ impl Cpu {
                 let mut running = Running { cpu: self, thread, in_gate: true, fresh: true };
                 running.note_own(written);
                 running.verify("load");
+                running.record_turn(|disabled| Event::Load { disabled });
                 // A faulting MSR 0x33 would leave the guest with a detection that it did not ask
                 // for.
                 while written.is_ok() {
@@ -306,6 +321,7 @@ impl Cpu {
                     }
                     running.cpu.publish(running.thread, used);
                 }
+                running.record_turn(|disabled| Event::Put { disabled });
                 let Running { cpu, thread, in_gate, .. } = running;
                 let (pinned, task) = cpu.detection_of(thread);
                 let written = loaded.put_sld(pinned, task);
@@ -424,6 +440,15 @@ impl Running<'_> {
 
     fn verify(&mut self, when: &str) {
         self.cpu.verify(when, Some(self.thread));
+    }
+
+    /// Records where the guest begins or ends to run, if that is wished.
+    #[inline(always)]
+    fn record_turn(&mut self, event: impl FnOnce(bool) -> Event) {
+        if self.cpu.policy.schedule_events {
+            let event = event(self.thread.sld.is_disabled());
+            self.thread.push(self.cpu.shared, event);
+        }
     }
 
     /// Waits until the VM's other vCPUs are out of the guest. This vCPU holds the gate.

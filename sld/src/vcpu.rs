@@ -34,6 +34,13 @@ impl Task {
         Self { id, disabled: false, warned: false }
     }
 
+    /// SLD_DISABLED: whether this task runs with the real bit off, as far as it is asked.
+    #[inline]
+    #[must_use]
+    pub const fn is_disabled(&self) -> bool {
+        self.disabled
+    }
+
     /// The task of one of this VM's vCPUs. If the VM's policy is `Off`, the flag is set from the
     /// start: the task switch then is all that is needed to have detection off while it runs, and
     /// on while any other task does.

@@ -359,5 +359,11 @@ impl General {
     }
 }
 
+/// How long the instruction is that these bytes begin with; all of them if that cannot be told.
+pub fn length(bytes: &[u8], code: CodeSize) -> usize {
+    let instruction = Decoder::new(code.bits(), bytes, DecoderOptions::NONE).decode();
+    if instruction.is_invalid() { bytes.len() } else { instruction.len() }
+}
+
 #[cfg(test)]
 mod tests;

@@ -14,6 +14,7 @@ use crate::apic::{Command, Delivery, Ipi};
 use crate::checks::{self, Finding, Processor};
 use crate::controls::{Entry, Primary};
 use crate::cpuid::OSXSAVE;
+use crate::emulate::operand::CodeSize;
 use crate::exit::{
     BasicReason, CrAccess, CrQualification, EptQualification, EventKind, ExitReason,
     InterruptionInfo, IoQualification, vector,
@@ -180,6 +181,7 @@ pub(crate) struct AcPlace {
     rip: u64,
     cs_base: u64,
     cr3: u64,
+    code: CodeSize,
     instruction: InstructionBytes,
 }
 
@@ -1210,19 +1212,36 @@ impl Loaded<'_> {
 
     // ---- Instruction bytes ---------------------------------------------------------------------
 
-    /// The instruction at CS:RIP. Asked for the same place again, the answer is what stood there
-    /// the first time, even if the guest has changed it since.
-    pub(crate) fn instruction_at(&mut self, memory: &impl GuestRead, rip: u64) -> InstructionBytes {
+    /// CR3, and the instruction at CS:RIP with its code size. Asked for the same place again, the
+    /// answer is what stood there the first time, even if the guest has changed it since.
+    #[inline(always)]
+    pub(crate) fn instruction_at(
+        &mut self,
+        memory: &impl GuestRead,
+        rip: u64,
+    ) -> (u64, CodeSize, InstructionBytes) {
         let cs_base = self.vmcs.read(GUEST_CS_BASE);
         let cr3 = self.vmcs.read(GUEST_CR3);
         if let Some(last) = &self.vcpu.ac_place
             && (last.rip, last.cs_base, last.cr3) == (rip, cs_base, cr3)
         {
-            return last.instruction;
+            return (cr3, last.code, last.instruction);
         }
         let instruction = self.read_instruction(memory, rip, cs_base);
-        self.vcpu.ac_place = Some(AcPlace { rip, cs_base, cr3, instruction });
-        instruction
+        let code = self.code_size();
+        self.vcpu.ac_place = Some(AcPlace { rip, cs_base, cr3, code, instruction });
+        (cr3, code, instruction)
+    }
+
+    /// How the guest's code is executed.
+    pub(crate) fn code_size(&self) -> CodeSize {
+        if self.in_64_bit_mode() {
+            CodeSize::Bits64
+        } else if self.vmcs.read(GUEST_CS_ACCESS_RIGHTS) & RIGHTS_DEFAULT_BIG != 0 {
+            CodeSize::Bits32
+        } else {
+            CodeSize::Bits16
+        }
     }
 
     pub(crate) fn read_instruction(

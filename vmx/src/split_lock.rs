@@ -21,6 +21,8 @@ pub struct AcReport {
     pub source: Source,
     /// The guest's RIP: an offset into CS.
     pub rip: u64,
+    /// The guest's CR3.
+    pub cr3: u64,
     /// Privilege level and alignment-check bits.
     pub context: AcContext,
     /// The guest's own bit 29.
@@ -29,6 +31,8 @@ pub struct AcReport {
     pub outcome: AcOutcome,
     /// This task has not been warned before, and is to be now.
     pub first: bool,
+    /// How code was executed when the instruction was read.
+    pub code: CodeSize,
     /// The instruction at RIP.
     pub instruction: InstructionBytes,
 }
@@ -114,11 +118,12 @@ impl Loaded<'_> {
             Some(verdict) => verdict.map_err(End::from)?,
         };
         let rip = self.vmcs.read(GUEST_RIP);
-        let instruction = self.instruction_at(host.memory(), rip);
+        let (cr3, code, instruction) = self.instruction_at(host.memory(), rip);
         let virtual_bit = self.vcpu.sld.virtual_bit();
         let outcome = AcOutcome::Again;
         let (source, first) = (Source::Msr, false);
-        let report = AcReport { source, rip, context, virtual_bit, outcome, first, instruction };
+        let report =
+            AcReport { source, rip, cr3, context, virtual_bit, outcome, first, code, instruction };
         self.act_on(host, verdict, report, Some(info))
     }
 
@@ -346,16 +351,6 @@ impl Loaded<'_> {
         self.skip_bytes(rip, done.length as u64);
         self.meet_breakpoints(done);
         Ok(())
-    }
-
-    pub(crate) fn code_size(&self) -> CodeSize {
-        if self.in_64_bit_mode() {
-            CodeSize::Bits64
-        } else if self.vmcs.read(GUEST_CS_ACCESS_RIGHTS) & RIGHTS_DEFAULT_BIG != 0 {
-            CodeSize::Bits32
-        } else {
-            CodeSize::Bits16
-        }
     }
 
     pub(crate) fn emulator_state(&self, rip: u64) -> State {

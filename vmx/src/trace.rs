@@ -196,7 +196,8 @@ impl Loaded<'_> {
         instruction: InstructionBytes,
     ) -> Result<bool, Stop> {
         let context = self.ac_context();
-        match look(&self.emulator_state(rip), instruction.as_slice(), host.memory()) {
+        let state = self.emulator_state(rip);
+        match look(&state, instruction.as_slice(), host.memory()) {
             Look::Other => return Ok(true),
             // The CPU may go by what it remembers of the tables.
             Look::Faults => {
@@ -212,7 +213,17 @@ impl Loaded<'_> {
         let virtual_bit = self.vcpu.sld.virtual_bit();
         let outcome = AcOutcome::Again;
         let (source, first) = (Source::Trace, false);
-        let report = AcReport { source, rip, context, virtual_bit, outcome, first, instruction };
+        let report = AcReport {
+            source,
+            rip,
+            cr3: state.cr3,
+            context,
+            virtual_bit,
+            outcome,
+            first,
+            code: state.code,
+            instruction,
+        };
         self.act_on(host, verdict, report, None)?;
         self.begin_wanted_step(host)?;
         self.follow_bit(host);
