@@ -43,6 +43,9 @@ pub struct HvConfig {
     /// Whether the invariants are checked at each load, put and switch.
     #[serde(skip_serializing_if = "is_default")]
     pub verify: bool,
+    /// Whether each load and put is an event.
+    #[serde(skip_serializing_if = "is_default")]
+    pub schedule_events: bool,
     /// A vCPU that had so many VM exits on a CPU moves to the next at the end of its turn.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub migrate_exits: Option<u64>,
@@ -192,6 +195,7 @@ impl HvConfig {
             slice_ticks: None,
             cpus: None,
             verify: false,
+            schedule_events: false,
             migrate_exits: None,
             stop_after_loads: None,
             console: false,
@@ -310,6 +314,11 @@ const HOST_KEYS: &[Key] = &[
         name: "verify",
         example: "true",
         meaning: &["Check all the time that the CPUs' real setting is the one that should be."],
+    },
+    Key {
+        name: "schedule_events",
+        example: "true",
+        meaning: &["Write an event each time that a vCPU begins or ends its turn."],
     },
     Key {
         name: "console",
@@ -463,6 +472,12 @@ impl Setup {
         Ok(self)
     }
 
+    /// The same with an event for each load and put of a vCPU. Not for a configuration that the user
+    /// wrote: that has the key or not.
+    pub fn with_schedule_events(self) -> Self {
+        Self { config: format!("schedule_events = true\n{}", self.config), ..self }
+    }
+
     /// For a configuration that the user wrote. An image is a file beside it or, as `guests/NAME`, a test guest.
     ///
     /// # Errors
@@ -600,6 +615,7 @@ cmdline = \"\"
             slice_ticks: Some(20_000),
             cpus: Some(3),
             verify: true,
+            schedule_events: true,
             migrate_exits: Some(300),
             stop_after_loads: Some(10_000),
             ..HvConfig::new(Policy::Warn, vec![vm])
@@ -611,6 +627,7 @@ at_end = \"power-off\"
 slice_ticks = 20000
 cpus = 3
 verify = true
+schedule_events = true
 migrate_exits = 300
 stop_after_loads = 10000
 

@@ -38,6 +38,9 @@ pub enum Body {
         sld: String,
         /// How split locks are found: `msr`, `trace` or `none`.
         sld_source: String,
+        /// Ticks of the time-stamp counter in a second, where the CPU says so.
+        #[serde(default)]
+        ticks_per_second: Option<u64>,
         /// How it was booted.
         firmware: String,
     },
@@ -121,6 +124,26 @@ pub enum Body {
         /// What is done about its split locks.
         policy: String,
     },
+    /// A vCPU was loaded, and its guest is about to run (with `schedule_events`).
+    Load {
+        /// The VM.
+        vm: String,
+        /// The vCPU in it.
+        vcpu: u32,
+        /// The flag of its task: detection is off for it.
+        disabled: bool,
+    },
+    /// Its guest runs no more, and it is about to be put (with `schedule_events`).
+    Put {
+        /// The VM.
+        vm: String,
+        /// The vCPU in it.
+        vcpu: u32,
+        /// The flag of its task.
+        disabled: bool,
+    },
+    /// Where a vCPU that is about to end split locks.
+    Offender(Offender),
     /// A vCPU ended with its VM, which has its end later.
     VcpuEnd {
         /// The VM.
@@ -204,6 +227,12 @@ pub struct Ac {
     pub source: String,
     /// Guest RIP of the instruction.
     pub rip: Address,
+    /// Guest CR3.
+    #[serde(default)]
+    pub cr3: Address,
+    /// 16, 32 or 64: how code was executed there; 0 where that is not known.
+    #[serde(default)]
+    pub bits: u32,
     /// Guest privilege level.
     pub cpl: u8,
     /// Guest CR0.AM.
@@ -216,6 +245,38 @@ pub struct Ac {
     pub legacy: bool,
     /// What was done.
     pub verdict: String,
+    /// The instruction's bytes and those behind it.
+    #[serde(default)]
+    pub bytes: Bytes,
+}
+
+/// An instruction of a guest that split locks.
+#[derive(Clone, Debug, PartialEq, Deserialize)]
+pub struct Offender {
+    /// The VM.
+    pub vm: String,
+    /// The vCPU in it.
+    pub vcpu: u32,
+    /// Guest RIP of the instruction.
+    pub rip: Address,
+    /// Guest CR3.
+    pub cr3: Address,
+    /// Guest privilege level, the first time.
+    pub cpl: u8,
+    /// 16, 32 or 64: how code was executed there.
+    pub bits: u32,
+    /// How often it is known to have split a lock.
+    pub count: u64,
+    /// It may have done so this much more often, at most.
+    pub missed: u64,
+    /// How often each thing was done about it.
+    pub verdicts: BTreeMap<String, u64>,
+    /// When it was first seen, and last (time-stamp counter).
+    pub first: u64,
+    /// See `first`.
+    pub last: u64,
+    /// The instruction's bytes and those behind it.
+    pub bytes: Bytes,
 }
 
 /// Counters of a vCPU, or the sums of those of a VM.
@@ -274,6 +335,9 @@ impl Event {
             | Body::Ac(Ac { vm, .. })
             | Body::TestCtrlWrite { vm, .. }
             | Body::Policy { vm, .. }
+            | Body::Load { vm, .. }
+            | Body::Put { vm, .. }
+            | Body::Offender(Offender { vm, .. })
             | Body::VcpuEnd { vm, .. }
             | Body::VmEnd { vm, .. }
             | Body::VmRefused { vm, .. } => Some(vm),
@@ -286,7 +350,7 @@ impl Event {
 }
 
 /// A 64-bit number written `"0x…"`.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Address(pub u64);
 
 impl fmt::Debug for Address {
@@ -308,6 +372,23 @@ impl<'de> Deserialize<'de> for Address {
             .and_then(|digits| u64::from_str_radix(digits, 16).ok())
             .map(Self)
             .ok_or_else(|| de::Error::custom(format!("{text:?} is not a number written 0x…")))
+    }
+}
+
+/// Bytes written in hexadecimal, without anything between them.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Bytes(pub Vec<u8>);
+
+impl<'de> Deserialize<'de> for Bytes {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        let text = String::deserialize(deserializer)?;
+        let byte = |pair: &[u8]| {
+            let digit = |byte: &u8| char::from(*byte).to_digit(16);
+            let [high, low] = pair else { return None };
+            Some((digit(high)? << 4 | digit(low)?) as u8)
+        };
+        let bytes = text.as_bytes().chunks(2).map(byte).collect::<Option<_>>();
+        bytes.map(Self).ok_or_else(|| de::Error::custom(format!("{text:?} is not hexadecimal")))
     }
 }
 
@@ -397,13 +478,17 @@ mod tests {
         };
         assert_eq!((ac.rip, ac.cpl, ac.am, ac.ac), (Address(0x20_1000), 3, false, true));
         assert_eq!((ac.legacy, ac.verdict.as_str()), (false, "warn"));
+        assert_eq!((ac.bytes.0.as_slice(), ac.bits), (&[0xf0, 0x83, 0, 1][..], 0));
+        for bad in ["f0830", "f083xx", "é"] {
+            assert!(parse_lines::<Event>(&format!("{AC}\n").replace("f0830001", bad)).is_err());
+        }
         assert_eq!(events[0].vm(), Some("a"));
     }
 
     #[test]
     fn all_kinds_are_read() {
         let lines = r#"
-            {"seq":0,"tsc":1,"cpu":0,"event":"boot","version":"0.1.0","cpus":1,"sld":"warn","sld_source":"msr","firmware":"bios"}
+            {"seq":0,"tsc":1,"cpu":0,"event":"boot","version":"0.1.0","cpus":1,"sld":"warn","sld_source":"msr","ticks_per_second":9,"firmware":"bios"}
             {"seq":1,"tsc":2,"cpu":0,"event":"vm-start","vm":"a","policy":"warn","source":"msr","exposed":false,"vcpus":1,"memory_bytes":8388608}
             {"seq":2,"tsc":3,"cpu":0,"event":"test-ctrl-write","vm":"a","vcpu":0,"value":"0x20000000","result":"stored"}
             {"seq":3,"tsc":4,"cpu":0,"event":"real-bit","on":true,"why":"boot"}
@@ -417,10 +502,13 @@ mod tests {
             {"seq":11,"tsc":10,"cpu":0,"event":"vcpu-end","vm":"a","vcpu":1,"counters":{"exits":{"hlt":2},"split_locks":{"inject":0,"warn":1,"step":2,"kill":0},"real_bit_writes":1,"loads":5,"migrations":4,"ticks":99}}
             {"seq":12,"tsc":10,"cpu":0,"event":"violation","what":"flag and bit differ"}
             {"seq":14,"tsc":10,"cpu":0,"event":"policy","vm":"a","vcpu":1,"policy":"ratelimit=5"}
+            {"seq":15,"tsc":10,"cpu":0,"event":"load","vm":"a","vcpu":1,"disabled":false}
+            {"seq":16,"tsc":10,"cpu":0,"event":"put","vm":"a","vcpu":1,"disabled":true}
+            {"seq":17,"tsc":10,"cpu":0,"event":"offender","vm":"a","vcpu":1,"rip":"0x7","cr3":"0x1000","cpl":3,"bits":64,"count":2,"missed":1,"verdicts":{"inject":0,"step":2,"again":3},"first":4,"last":5,"bytes":"f08300ff"}
             {"seq":13,"tsc":10,"cpu":0,"event":"shutdown","counters":{"vms":2,"exits":9,"inject":1,"warn":1,"step":1,"kill":1,"nmis":3,"loads":5,"migrations":4,"violations":1}}
         "#;
         let events: Vec<Event> = parse_lines(lines).unwrap();
-        assert_eq!(events.len(), 15);
+        assert_eq!(events.len(), 18);
         assert!(events.iter().all(|event| event.body != Body::Other));
         let Body::VmEnd { status, counters, .. } = &events[4].body else { panic!() };
         assert_eq!((*status, counters.split_locks["warn"]), (Some(33), 1));
@@ -429,7 +517,18 @@ mod tests {
         assert_eq!((counters.split_locks["step"], counters.ticks), (2, 99));
         let Body::Policy { vcpu: 1, policy, .. } = &events[13].body else { panic!() };
         assert_eq!(policy, "ratelimit=5");
-        let Body::Shutdown { counters } = &events[14].body else { panic!() };
+        let [Body::Load { disabled: false, .. }, Body::Put { disabled: true, .. }] =
+            [&events[14].body, &events[15].body]
+        else {
+            panic!()
+        };
+        let Body::Offender(offender) = &events[16].body else { panic!() };
+        assert_eq!((offender.cr3, offender.count, offender.missed), (Address(0x1000), 2, 1));
+        assert_eq!(
+            (&offender.bytes.0[..], offender.verdicts["again"]),
+            (&[0xf0, 0x83, 0, 0xff][..], 3)
+        );
+        let Body::Shutdown { counters } = &events[17].body else { panic!() };
         assert_eq!((counters.nmis, counters.migrations, counters.violations), (3, 4, 1));
     }
 

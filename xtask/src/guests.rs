@@ -220,6 +220,7 @@ pub const GUESTS: &[Guest] = &[
         "LOCK ADD and XCHG across two pages at CPL 0 and CPL 3",
         Behaviour::Unaware(12),
     ),
+    Guest::new("split-sites", "split locks at places of their own", Behaviour::Unaware(10)),
     Guest::new("split-storm", "1000 split locks in a loop", Behaviour::Unaware(1000)),
     Guest::new("split-real", "split locks in real mode", Behaviour::Unaware(6)),
     Guest::new("split-vm86", "split locks in virtual-8086 mode", Behaviour::Unaware(6)),

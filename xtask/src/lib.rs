@@ -22,6 +22,8 @@ pub mod link;
 pub mod links;
 pub mod machine;
 pub mod monitor;
+pub mod offenders;
+pub mod page;
 pub mod pe;
 pub mod profile;
 pub mod qemu;
@@ -32,8 +34,11 @@ pub mod shim;
 pub mod stick;
 pub mod stress;
 pub mod suite;
+pub mod symbols;
 pub mod system;
+pub mod timeline;
 pub mod topology;
+pub mod trace;
 pub mod truth;
 
 /// Cargo's target directory: where everything goes that can be made again.

@@ -5,11 +5,12 @@ use std::path::Path;
 
 use addr2line::gimli::{Dwarf, EndianSlice, LittleEndian};
 use anyhow::{Context, Result};
-use object::{Object, ObjectSection, ObjectSymbol, SymbolKind};
+use object::{Object, ObjectSection};
 use serde::Deserialize;
 
 use crate::bare::root;
 use crate::events::Address;
+use crate::symbols::Symbols;
 
 /// Equal visits of the hypervisor, each from a VM exit to the next VM entry.
 #[derive(Clone, Debug, PartialEq, Eq, Deserialize)]
@@ -49,8 +50,7 @@ impl Visit {
 
 /// The functions of an ELF file.
 pub struct Functions<'a> {
-    /// Address, size and name of each, in order.
-    symbols: Vec<(u64, u64, String)>,
+    symbols: Symbols,
     debug: addr2line::Context<EndianSlice<'a, LittleEndian>>,
 }
 
@@ -61,15 +61,7 @@ impl<'a> Functions<'a> {
     /// If it is not an ELF file or the debug information is damaged.
     pub fn of(elf: &'a [u8]) -> Result<Self> {
         let file = object::File::parse(elf).context("not an ELF file")?;
-        let mut symbols: Vec<_> = file
-            .symbols()
-            .filter(|symbol| symbol.kind() == SymbolKind::Text)
-            .filter_map(|symbol| {
-                let name = addr2line::demangle_auto(symbol.name().ok()?.into(), None);
-                Some((symbol.address(), symbol.size(), name.into_owned()))
-            })
-            .collect();
-        symbols.sort();
+        let symbols = Symbols::of(&file);
         let section = |name: &str| {
             let data = file.section_by_name(name).and_then(|section| section.data().ok());
             EndianSlice::new(data.unwrap_or_default(), LittleEndian)
@@ -81,14 +73,12 @@ impl<'a> Functions<'a> {
 
     /// The names of all of them.
     pub fn names(&self) -> impl Iterator<Item = &str> {
-        self.symbols.iter().map(|(_, _, name)| &**name)
+        self.symbols.names()
     }
 
     /// The symbol that an address lies in.
     pub fn symbol(&self, address: Address) -> Option<&str> {
-        let behind = self.symbols.partition_point(|(start, ..)| *start <= address.0);
-        let (start, size, name) = self.symbols[..behind].last()?;
-        (address.0 < start + size.max(&1)).then_some(name)
+        self.symbols.at(address).map(|(name, _)| name)
     }
 
     /// The function that an address comes from, inlined or not. Those of libraries count as part of

@@ -49,6 +49,32 @@ pub fn table(events: &[Event]) -> String {
         Body::VmStart { vcpus, .. } => vcpus > 1,
         _ => false,
     };
+    if events.iter().any(several) {
+        align(&[vec![HEADING.map(str::to_owned)], vms(events)].concat())
+    } else {
+        let heading = ["VM", "policy", "split locks seen", "verdict", "how it ended"];
+        let vms = rows(events);
+        let rows = vms.iter().map(Row::cells);
+        align(&[vec![heading.map(str::to_owned)], rows.collect()].concat())
+    }
+}
+
+/// What [`vms`] has.
+pub const HEADING: [&str; 8] =
+    ["VM", "policy", "vCPUs", "loads", "migrations", "split locks", "verdict", "how it ended"];
+
+/// All that the table can have, a row for each VM.
+pub fn vms(events: &[Event]) -> Vec<[String; HEADING.len()]> {
+    let cells = |vm: &Row| {
+        let [name, policy, seen, verdicts, end] = vm.cells();
+        let [vcpus, loads, migrations] =
+            [vm.vcpus, vm.loads, vm.migrations].map(|number| number.to_string());
+        [name, policy, vcpus, loads, migrations, seen, verdicts, end]
+    };
+    rows(events).iter().map(cells).collect()
+}
+
+fn rows(events: &[Event]) -> Vec<Row<'_>> {
     let mut vms: Vec<Row> = Vec::new();
     for event in events {
         let Some(name) = event.vm() else { continue };
@@ -61,29 +87,7 @@ pub fn table(events: &[Event]) -> String {
         });
         vms[index].add(&event.body);
     }
-    if events.iter().any(several) {
-        let heading = [
-            "VM",
-            "policy",
-            "vCPUs",
-            "loads",
-            "migrations",
-            "split locks",
-            "verdict",
-            "how it ended",
-        ];
-        let rows = vms.iter().map(|vm| {
-            let [name, policy, seen, verdicts, end] = vm.cells();
-            let [vcpus, loads, migrations] =
-                [vm.vcpus, vm.loads, vm.migrations].map(|number| number.to_string());
-            [name, policy, vcpus, loads, migrations, seen, verdicts, end]
-        });
-        align(&[vec![heading.map(str::to_owned)], rows.collect()].concat())
-    } else {
-        let heading = ["VM", "policy", "split locks seen", "verdict", "how it ended"];
-        let rows = vms.iter().map(Row::cells);
-        align(&[vec![heading.map(str::to_owned)], rows.collect()].concat())
-    }
+    vms
 }
 
 /// Lays rows out in columns.

@@ -12,9 +12,14 @@ use crate::config::{Policy, Setup, SldSource};
 use crate::events::Body;
 use crate::firmware::Firmware;
 use crate::machine::{self, Emulator, Exit, Input, MachineConfig};
+use crate::offenders;
+use crate::page;
 use crate::report;
+use crate::symbols;
 use crate::system::System;
+use crate::timeline::{Clock, Timeline};
 use crate::topology::Topology;
+use crate::trace;
 
 /// What is configured and which guests run.
 #[derive(Args, Debug)]
@@ -98,6 +103,12 @@ pub struct RunArgs {
     /// Store the ground truth here, one JSON object for every split lock (Bochs only).
     #[arg(long, value_name = "FILE")]
     truth: Option<PathBuf>,
+    /// Store a page about the run here: what was seen, who split locks, a time line.
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
+    /// Store the run here as a trace that ui.perfetto.dev opens.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// A machine without split-lock detection (Bochs only).
     #[arg(long)]
     no_sld: bool,
@@ -134,12 +145,25 @@ impl RunArgs {
 /// # Errors
 /// If anything is missing, or if the hypervisor did not come up, run its VMs to their ends and shut down in order.
 pub fn run(args: &RunArgs) -> Result<()> {
+    run_to(args, &mut io::stdout())
+}
+
+/// The same, with what there is to see written to `out`.
+///
+/// # Errors
+/// As there.
+pub fn run_to(args: &RunArgs, out: &mut dyn Write) -> Result<()> {
     let emulator = args.emulator()?;
-    let setup = args.setup.setup()?;
-    let setup = if args.console { setup.with_console()? } else { setup };
+    let mut setup = args.setup.setup()?;
+    if args.console {
+        setup = setup.with_console()?;
+    }
+    if (args.report.is_some() || args.trace.is_some()) && args.setup.config.is_none() {
+        setup = setup.with_schedule_events();
+    }
     // Made now, so that a wrong path is found before the run and not after it.
     let mut outputs = Vec::new();
-    for path in [&args.events, &args.truth] {
+    for path in [&args.events, &args.truth, &args.report, &args.trace] {
         let create = |path: &PathBuf| {
             fs::File::create(path).with_context(|| format!("cannot write {}", path.display()))
         };
@@ -160,10 +184,9 @@ pub fn run(args: &RunArgs) -> Result<()> {
         input: if args.console { Input::Terminal } else { Input::None },
         ..MachineConfig::default()
     };
-    let mut stdout = io::stdout();
     let recording = machine::record(&config, &mut |bytes| {
-        // Whoever closed the pipe does not want it; the run goes on.
-        let _ = stdout.write_all(bytes).and_then(|()| stdout.flush());
+        // Whoever closed a pipe does not want it; the run goes on.
+        let _ = out.write_all(bytes).and_then(|()| out.flush());
     })?;
     for (file, text) in outputs.iter_mut().zip([&recording.events, &recording.truth]) {
         if let Some(file) = file {
@@ -174,13 +197,67 @@ pub fn run(args: &RunArgs) -> Result<()> {
         return Ok(());
     }
     let outcome = recording.parse()?;
+    let judged = report::judge(&outcome);
+    let symbols = symbols::of_setup(&setup, &system);
+    let offenders = offenders::all(&outcome.events);
+    // A tick of Bochs' counter is an instruction's time.
+    let known = (config.emulator == Emulator::Bochs).then_some(config.ips.into());
+    let clock = Clock::of_run(&outcome.events, known);
+    let timeline = Timeline::of(&outcome.events);
+    if let [_, _, page, trace] = &mut *outputs {
+        if let Some(file) = page {
+            let page = page::text(&page::Run {
+                machine: &machine_facts(&config),
+                events: &outcome.events,
+                clock,
+                timeline: &timeline,
+                offenders: &offenders,
+                symbols: &symbols,
+                wrong: judged.as_ref().err().map(String::as_str),
+            });
+            file.write_all(page.as_bytes()).context("cannot write the report")?;
+        }
+        if let Some(file) = trace {
+            let trace = trace::text(&timeline, &clock)?;
+            file.write_all(trace.as_bytes()).context("cannot write the trace")?;
+        }
+    }
+    let mut say = |text: &str| {
+        let _ = writeln!(out, "\n{}", text.trim_end());
+    };
     // The hypervisor has shown a table of its own if it came to its end.
     let is_over = outcome.events.iter().any(|event| matches!(event.body, Body::Shutdown { .. }));
     if !is_over && outcome.events.iter().any(|event| event.vm().is_some()) {
-        println!("\n{}", report::table(&outcome.events));
+        say(&report::table(&outcome.events));
     }
-    match report::judge(&outcome) {
+    if !offenders.is_empty() {
+        say(&offenders::table(&offenders, &symbols, &clock));
+    }
+    let wants_turns = args.report.is_some() || args.trace.is_some();
+    if wants_turns && args.setup.config.is_some() && !timeline.is_scheduled() {
+        say("not known: which vCPU ran where. The configuration needs: schedule_events = true");
+    }
+    match judged {
         Ok(()) => Ok(()),
         Err(why) => bail!("{why}"),
     }
+}
+
+/// The machine in words.
+fn machine_facts(config: &MachineConfig) -> [(&'static str, String); 4] {
+    let (name, detection) = match config.emulator {
+        Emulator::Bochs => (
+            format!("Bochs, CPU model {}", config.model),
+            if config.sld { "by the project's shim" } else { "none" },
+        ),
+        Emulator::Qemu(accelerator) => {
+            (format!("QEMU, {accelerator:?}"), "as the host's CPU has it")
+        }
+    };
+    [
+        ("machine", name),
+        ("CPUs", config.cpus.to_string()),
+        ("memory", format!("{} MiB", config.memory_mib)),
+        ("split-lock detection", detection.to_owned()),
+    ]
 }

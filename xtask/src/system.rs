@@ -68,6 +68,17 @@ impl System {
         built.map(|(_, file)| &**file).with_context(|| format!("no guest {name:?} was built"))
     }
 
+    /// The file of a guest's image.
+    ///
+    /// # Errors
+    /// If it is a test guest that was not built.
+    pub fn image<'a>(&'a self, source: &'a Source) -> Result<&'a Path> {
+        match source {
+            Source::Registered(name) => self.guest(name),
+            Source::File(file) => Ok(file),
+        }
+    }
+
     /// Writes a disk that boots the hypervisor with this configuration, as small as it can be.
     ///
     /// # Errors
@@ -81,13 +92,10 @@ impl System {
     /// # Errors
     /// If an image is missing or cannot be on it, or the disk cannot be written.
     pub fn stick(&self, setup: &Setup, size: Size, out: &Path) -> Result<()> {
-        let files = setup.images.iter().map(|(path, source)| {
-            let file = match source {
-                Source::Registered(name) => self.guest(name)?,
-                Source::File(file) => file,
-            };
-            Ok((path.clone(), file.to_owned()))
-        });
+        let files = setup
+            .images
+            .iter()
+            .map(|(path, source)| Ok((path.clone(), self.image(source)?.to_owned())));
         image::write(&ImageSpec {
             bios: &self.bios,
             uefi: &self.uefi,

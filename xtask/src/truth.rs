@@ -102,7 +102,7 @@ fn describe(truth: &Truth) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::events::{Address, in_order};
+    use crate::events::{Address, Bytes, in_order};
 
     fn ac(cpu: u32, rip: u64, cpl: u8, legacy: bool) -> Event {
         Event {
@@ -114,12 +114,15 @@ mod tests {
                 vcpu: 0,
                 source: "msr".to_owned(),
                 rip: Address(rip),
+                cr3: Address(0),
+                bits: 64,
                 cpl,
                 am: legacy,
                 ac: legacy,
                 virtual_bit: false,
                 legacy,
                 verdict: "inject".to_owned(),
+                bytes: Bytes::default(),
             }),
         }
     }

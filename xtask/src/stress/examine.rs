@@ -546,7 +546,11 @@ mod tests {
             let mut run = Self::default();
             let (version, sld_source, firmware) = (String::new(), String::new(), String::new());
             let sld = String::new();
-            run.add(0, Body::Boot { version, cpus: 2, sld, sld_source, firmware });
+            let ticks_per_second = None;
+            run.add(
+                0,
+                Body::Boot { version, cpus: 2, sld, sld_source, ticks_per_second, firmware },
+            );
             for cpu in 0..2 {
                 run.add(cpu, Body::CpuOnline { apic_id: cpu, core: cpu });
             }
@@ -631,12 +635,15 @@ mod tests {
                 vcpu,
                 source: "msr".to_owned(),
                 rip,
+                cr3: Address::default(),
+                bits: 64,
                 cpl: 3,
                 am: legacy,
                 ac: legacy,
                 virtual_bit: false,
                 legacy,
                 verdict: verdict.to_owned(),
+                bytes: Default::default(),
             };
             self.add(1, Body::Ac(ac));
             if !legacy {
