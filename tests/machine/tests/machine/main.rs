@@ -13,6 +13,7 @@ mod hostile;
 mod inputs;
 mod links;
 mod machines;
+mod offenders;
 mod operations;
 mod policies;
 mod refusals;
@@ -45,6 +46,7 @@ fn main() -> ExitCode {
         stepping::trials(),
         trace::trials(),
         console::trials(),
+        offenders::trials(),
         bench::trials(),
     ];
     let trials = parts.into_iter().flatten().collect();
