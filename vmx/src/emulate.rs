@@ -102,6 +102,12 @@ pub fn emulate(state: &mut State, bytes: &[u8], memory: &impl GuestWrite) -> Res
     Ok(Done { length: instruction.len(), linear, size })
 }
 
+/// Has the decoder make its tables now, and not at the first instruction of a guest: they are on the heap.
+pub fn prepare() {
+    let nop = Decoder::new(64, &[0x90], DecoderOptions::NONE).decode();
+    debug_assert_eq!(nop.mnemonic(), Mnemonic::Nop);
+}
+
 /// A locked read-modify-write of memory that is not carried out yet.
 #[derive(Debug, Clone)]
 pub struct Locked {

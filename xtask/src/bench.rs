@@ -619,8 +619,8 @@ mod tests {
         let guest = root().join("tests/guests/src/bin/bench.rs");
         let guest = fs::read_to_string(guest).unwrap();
         let rows = guest.lines().filter_map(|line| line.strip_prefix("row!(")?.split_once(','));
-        let switches = SWITCHES.map(|(name, _)| name);
-        let mut names: Vec<&str> = rows.map(|(name, _)| name).chain(switches).collect();
+        let others = SWITCHES.map(|(name, _)| name).into_iter().chain([TRACED]);
+        let mut names: Vec<&str> = rows.map(|(name, _)| name).chain(others).collect();
         let mut known: Vec<&str> = ROWS.iter().map(|row| row.name).collect();
         names.sort_unstable();
         known.sort_unstable();
