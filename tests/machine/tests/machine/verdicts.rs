@@ -314,7 +314,7 @@ impl Case {
         // So long a slice that each VM does all in its first: the order is known.
         let source = match (self.traced, self.sld) {
             (true, _) => SldSource::Trace,
-            (false, true) if self.quirk != Some(Quirk::Undeclared) => SldSource::Msr,
+            (false, true) if self.quirk.is_none() => SldSource::Msr,
             _ => SldSource::None,
         };
         let config = HvConfig {
