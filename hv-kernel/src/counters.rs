@@ -94,6 +94,7 @@ impl Counters {
         for (sum, count) in self.exits.exits.iter_mut().zip(other.exits.exits) {
             *sum += count;
         }
+        self.exits.bus_locks += other.exits.bus_locks;
         self.split_locks.add(&other.split_locks);
         self.real_bit_writes += other.real_bit_writes;
         self.loads += other.loads;
@@ -110,6 +111,7 @@ impl Counters {
                 })
             })?;
             json.object("split_locks", |json| self.split_locks.write(json))?;
+            json.number("bus_locks", self.exits.bus_locks)?;
             json.number("real_bit_writes", self.real_bit_writes)?;
             json.number("loads", self.loads)?;
             json.number("migrations", self.migrations)?;

@@ -51,6 +51,7 @@ pub struct Host {
 pub struct VmPolicy {
     policy: Policy,
     host: SldMode,
+    enforced: SldMode,
     pub(crate) exposed: bool,
 }
 
@@ -64,8 +65,9 @@ impl VmPolicy {
     /// The host's mode does not allow `own`: with the host `Off` nothing but `Off` can be kept;
     /// in `Fatal` the real bit never goes off, which leaves `Emulate` and `Fatal`.
     pub fn new(host: Host, own: Option<Policy>, expose: bool) -> Result<Self, PolicyError> {
-        let exposed = expose && host.enforced != SldMode::Off;
-        let same = Self { policy: host.configured, host: host.configured.mode(), exposed };
+        let Host { configured, enforced } = host;
+        let exposed = expose && enforced != SldMode::Off;
+        let same = Self { policy: configured, host: configured.mode(), enforced, exposed };
         own.map_or(Ok(same), |own| same.with(own))
     }
 
@@ -86,6 +88,13 @@ impl VmPolicy {
     #[must_use]
     pub const fn policy(self) -> Policy {
         self.policy
+    }
+
+    /// Whether every CPU on which a vCPU may run raises #AC for its split locks. Without, its policy
+    /// is without effect.
+    #[must_use]
+    pub const fn detected(self) -> bool {
+        !matches!(self.enforced, SldMode::Off)
     }
 
     /// Whether the guest is told: CPUID.(7,0):EDX\[30\]

@@ -95,6 +95,8 @@ pub const SECONDARY: Secondary = Secondary::ENABLE_EPT
 /// Used where the CPU has them.
 pub const SECONDARY_OPTIONAL: Secondary =
     Secondary::ENABLE_RDTSCP.union(Secondary::ENABLE_INVPCID).union(Secondary::PAUSE_LOOP_EXITING);
+/// Used where the CPU has them, by some VMs: see [`crate::bus_lock`].
+const SECONDARY_AT_TIMES: Secondary = Secondary::BUS_LOCK_DETECTION;
 /// As [`PIN`].
 pub const EXIT: Exit = Exit::SAVE_DEBUG_CONTROLS
     .union(Exit::HOST_ADDRESS_SPACE_SIZE)
@@ -202,7 +204,7 @@ impl Capabilities {
             both[0].adjust(used) != both[1].adjust(used)
         };
         let primary = (PRIMARY | PRIMARY_AT_TIMES).bits();
-        let secondary = (SECONDARY | SECONDARY_OPTIONAL).bits();
+        let secondary = (SECONDARY | SECONDARY_OPTIONAL | SECONDARY_AT_TIMES).bits();
         let fixed = |of: fn(&Self) -> u64, used: u64| (of(self) ^ of(other)) & used != 0;
         [
             (msr::BASIC, fixed(|caps| caps.basic, BASIC_USED)),
@@ -328,6 +330,7 @@ mod tests {
         assert_eq!(changed(|caps| caps.primary.0 ^= 1 << 63), Some(0x482));
         // An optional one that a fresh VMCS would have.
         assert_eq!(changed(|caps| caps.secondary.0 ^= 1 << 42), Some(0x48b));
+        assert_eq!(changed(|caps| caps.secondary.0 ^= 1 << 62), Some(0x48b));
         assert_eq!(changed(|caps| caps.misc ^= 1), Some(0x485));
         assert_eq!(changed(|caps| caps.ept_vpid ^= 1 << 21), Some(0x48c));
         assert_eq!(changed(|caps| caps.cr0_fixed0 ^= 1 << 5), Some(0x486));

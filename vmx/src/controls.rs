@@ -71,6 +71,8 @@ bitflags! {
         const PAUSE_LOOP_EXITING = 1 << 10;
         /// INVPCID does not fault.
         const ENABLE_INVPCID = 1 << 12;
+        /// An exit after each bus lock.
+        const BUS_LOCK_DETECTION = 1 << 30;
     }
 
     /// VM-exit controls.

@@ -5,6 +5,7 @@
 
 use raw_cpuid::{CpuIdReader, CpuIdResult};
 
+use crate::paravirtual;
 use crate::xstate::{self, Component, XState};
 
 /// The hypervisor's signature in leaf 0x40000000: EBX, ECX, EDX.
@@ -247,7 +248,7 @@ impl CpuidTable {
             ])
         };
         table.hypervisor =
-            CpuIdResult { eax: 0x4000_0000, ebx: word(0), ecx: word(4), edx: word(8) };
+            CpuIdResult { eax: paravirtual::LEAF, ebx: word(0), ecx: word(4), edx: word(8) };
         table
     }
 
@@ -327,8 +328,9 @@ impl CpuidTable {
     }
 
     /// The answer to EAX = `leaf`, ECX = `subleaf`. A leaf above the highest basic one answers as
-    /// the highest basic one does, as Intel's CPUs do. [`OSXSAVE`] and leaf 0xd
-    /// ([`Self::extended_state`]) depend on the guest's state, and are the caller's.
+    /// the highest basic one does, as Intel's CPUs do. [`OSXSAVE`], leaf 0xd
+    /// ([`Self::extended_state`]) and [`paravirtual::LEAF`] depend on the guest's state and policy, and
+    /// are the caller's.
     pub fn answer(&self, leaf: u32, subleaf: u32) -> &CpuIdResult {
         match leaf {
             1.. if self.plain(leaf).is_some() => &self.basic[leaf as usize % BASIC_ROWS],
@@ -341,6 +343,7 @@ impl CpuidTable {
                 &self.extended[(leaf & 0xff) as usize]
             }
             0x4000_0000 => &self.hypervisor,
+            // The first of them, [`paravirtual::LEAF`], depends on the policy.
             0x4000_0001..=0x4fff_ffff => &ZERO,
             // A leaf with subleaves that the CPU does not have, or one above the highest.
             _ => self.highest_answer(subleaf),

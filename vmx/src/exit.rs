@@ -16,6 +16,17 @@ impl ExitReason {
         self.0 >> 31 == 1
     }
 
+    /// Bit 26: the guest took the bus before the exit, which is for another reason or for that.
+    pub const fn has_bus_lock(self) -> bool {
+        self.0 >> 26 & 1 == 1 && !self.is_entry_failure()
+    }
+
+    /// One of these two.
+    #[inline(always)]
+    pub const fn is_unusual(self) -> bool {
+        self.0 & (1 << 31 | 1 << 26) != 0
+    }
+
     /// Bits 15:0.
     pub const fn basic(self) -> BasicReason {
         BasicReason(self.0 as u16)
@@ -325,6 +336,26 @@ impl EptQualification {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+
+    #[test]
+    fn a_bus_lock_beside_another_reason() {
+        let decoded = |value| {
+            let reason = ExitReason(value);
+            (reason.basic(), reason.has_bus_lock(), reason.is_entry_failure(), reason.is_unusual())
+        };
+        assert_eq!(decoded(10), (BasicReason::CPUID, false, false, false));
+        assert_eq!(decoded(1 << 26 | 10), (BasicReason::CPUID, true, false, true));
+        assert_eq!(decoded(74), (BasicReason::BUS_LOCK, false, false, false));
+        assert_eq!(decoded(1 << 26 | 74), (BasicReason::BUS_LOCK, true, false, true));
+        // No instruction was executed.
+        assert_eq!(decoded(5 << 29 | 33), (BasicReason::INVALID_GUEST_STATE, false, true, true));
+        assert!(!decoded(1 << 31 | 1 << 26 | 33).1);
+        // Others of the upper half.
+        assert_eq!(
+            decoded(1 << 27 | 1 << 29 | 1),
+            (BasicReason::EXTERNAL_INTERRUPT, false, false, false)
+        );
+    }
 
     #[test]
     fn every_reason_has_a_text() {

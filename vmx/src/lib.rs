@@ -10,6 +10,7 @@
 pub mod addr;
 pub mod apic;
 pub mod bitmap;
+pub mod bus_lock;
 pub mod capability;
 pub mod checks;
 pub mod controls;
@@ -21,6 +22,7 @@ pub mod fields;
 pub mod instruction;
 pub mod mailbox;
 pub mod msr_policy;
+pub mod paravirtual;
 pub mod run;
 pub mod setup;
 pub mod split_lock;

@@ -11,6 +11,7 @@ use sld::{
 
 use crate::addr::GuestPhysAddr;
 use crate::apic::{Command, Delivery, Ipi};
+use crate::bus_lock;
 use crate::checks::{self, Finding, Processor};
 use crate::controls::{Entry, Primary};
 use crate::cpuid::OSXSAVE;
@@ -23,6 +24,7 @@ use crate::fields::*;
 use crate::instruction::{VmFail, invvpid_single_context, last_error, now};
 use crate::mailbox::{Mail, Mailbox, Signals};
 use crate::msr_policy::{self, Policy};
+use crate::paravirtual::{self, Source};
 use crate::setup::*;
 use crate::split_lock::AcReport;
 use crate::vcpu::{Activity, Counters, Loaded, Step};
@@ -312,8 +314,13 @@ impl Loaded<'_> {
                 return Err(End::EntryFailed(fail).into());
             }
             let reason = ExitReason(self.vmcs.read(EXIT_REASON));
-            if reason.is_entry_failure() {
-                return Err(self.entry_failure(host, reason.basic()).into());
+            if reason.is_unusual() {
+                if reason.is_entry_failure() {
+                    return Err(self.entry_failure(host, reason.basic()).into());
+                }
+                if reason.has_bus_lock() {
+                    self.note_bus_lock();
+                }
             }
             self.handle(host, reason.basic())?;
             // A guest that exits all the time must neither live on time in which the preemption
@@ -377,6 +384,7 @@ impl Loaded<'_> {
             self.begin_wanted_step(host)?;
             return self.trace(host);
         }
+        self.limit_bus_locks(host)?;
         if now >= self.vcpu.stop_at {
             return Err(Stop::Slice);
         }
@@ -397,6 +405,26 @@ impl Loaded<'_> {
         self.stay_halted()?;
         self.begin_wanted_step(host)?;
         self.trace(host)
+    }
+
+    /// The guest took the bus.
+    #[cold]
+    fn note_bus_lock(&mut self) {
+        // An exit of this reason may have the flag as well.
+        self.vcpu.counters.bus_locks += u64::from(!self.vcpu.bus_locked);
+        self.vcpu.bus_locked = true;
+        self.want_attention();
+    }
+
+    /// Who took the bus waits now, if its VM has had as many as it may have.
+    fn limit_bus_locks(&mut self, host: &mut impl Host) -> Handled {
+        if !core::mem::take(&mut self.vcpu.bus_locked) {
+            return Ok(());
+        }
+        match bus_lock::limit(self.vcpu.sld.vm()) {
+            Some(limit) if !host.may_split(limit) => Err(Stop::Held),
+            _ => Ok(()),
+        }
     }
 
     /// Has [`Self::attend`] called after the exit that is being handled.
@@ -503,6 +531,11 @@ impl Loaded<'_> {
             BasicReason::HLT => self.hlt(),
             BasicReason::EPT_VIOLATION => self.ept_violation(host)?,
             BasicReason::MONITOR_TRAP_FLAG => self.step_done(host),
+            // The instruction is done, or an event's delivery is to go on.
+            BasicReason::BUS_LOCK => {
+                self.note_bus_lock();
+                self.requeue();
+            }
             BasicReason::CR_ACCESS => self.cr_access(host),
             BasicReason::INTERRUPT_WINDOW => self.deliver_interrupt(true),
             BasicReason::NMI_WINDOW => self.deliver_nmi(),
@@ -605,6 +638,10 @@ impl Loaded<'_> {
     fn other_cpuid(&self, leaf: u32, subleaf: u32) -> CpuIdResult {
         if leaf == 0xd {
             return self.vcpu.cpuid.extended_state(subleaf, self.xcr0());
+        }
+        if leaf == paravirtual::LEAF {
+            let vm = self.vcpu.sld.vm();
+            return paravirtual::answer(vm, Source::of(self.vcpu.source, vm, self.caps()));
         }
         let mut answer = *self.vcpu.cpuid.answer(leaf, subleaf);
         if leaf == 1 && self.vmcs.read(GUEST_CR4) & CR4_OSXSAVE != 0 {

@@ -8,6 +8,7 @@ use x86_64::registers::model_specific::Msr;
 
 use crate::addr::HostPhysAddr;
 use crate::apic::LocalApic;
+use crate::bus_lock;
 use crate::capability::Capabilities;
 use crate::controls::Secondary;
 use crate::cpuid::CpuidTable;
@@ -61,6 +62,8 @@ pub struct HostState {
 pub struct Counters {
     /// VM exits by basic reason; those above the table in the last place.
     pub exits: [u64; Self::REASONS],
+    /// Bus locks that the CPU told of: [`crate::bus_lock`].
+    pub bus_locks: u64,
 }
 
 impl Counters {
@@ -68,7 +71,7 @@ impl Counters {
     pub const REASONS: usize = 80;
 
     /// Nothing has happened.
-    pub const NONE: Self = Self { exits: [0; Self::REASONS] };
+    pub const NONE: Self = Self { exits: [0; Self::REASONS], bus_locks: 0 };
 
     /// Counts one exit.
     #[inline(always)]
@@ -162,6 +165,7 @@ impl Switched {
 pub struct Vcpu {
     pub(crate) state: GuestState,
     pub(crate) sld: sld::Vcpu,
+    pub(crate) source: sld::Source,
     pub(crate) cpuid: CpuidTable,
     pub(crate) cr4: Cr4,
     /// Its local APIC, which holds the interrupts that wait for the guest to be able to take them.
@@ -183,6 +187,8 @@ pub struct Vcpu {
     pub(crate) due_at: u64,
     /// Where its last #AC came from.
     pub(crate) ac_place: Option<AcPlace>,
+    /// It took the bus, as an exit said, and nothing was done about that yet.
+    pub(crate) bus_locked: bool,
     /// An NMI that waits for the guest to be able to take it.
     pub(crate) pending_nmi: bool,
     /// How often each thing happened.
@@ -261,6 +267,8 @@ pub struct VcpuConfig {
     pub cpuid: CpuidTable,
     /// Split-lock detection as this vCPU sees it.
     pub sld: sld::Vcpu,
+    /// Where its split locks are detected: any but [`sld::Source::Auto`].
+    pub source: sld::Source,
     /// Its local APIC's ID.
     pub apic_id: u32,
     /// Where it starts.
@@ -284,6 +292,7 @@ impl Vcpu {
         Self {
             state,
             sld: config.sld,
+            source: config.source,
             cr4: Cr4 { allowed: config.cpuid.cr4_allowed() },
             cpuid: config.cpuid,
             apic: LocalApic::new(config.apic_id),
@@ -297,6 +306,7 @@ impl Vcpu {
             attention_at: 0,
             stop_at: 0,
             due_at: 0,
+            bus_locked: false,
             pending_nmi: false,
             ac_place: None,
             counters: Counters::NONE,
@@ -340,6 +350,10 @@ impl Vcpu {
         };
         if let Some(Start { pointers, origin, overrides }) = self.start.take() {
             setup::initialize(&mut vmcs, &self.caps, &pointers, &self.cr4);
+            if bus_lock::wanted(self.sld.vm(), &self.caps) {
+                let controls = vmcs.read(SECONDARY_CONTROLS);
+                vmcs.write(SECONDARY_CONTROLS, controls | Secondary::BUS_LOCK_DETECTION.bits());
+            }
             if let Origin::Protected { rip } = origin {
                 setup::flat_protected(&mut vmcs, rip);
             }

@@ -287,6 +287,8 @@ pub struct Counters {
     pub exits: BTreeMap<String, u64>,
     /// Split locks by verdict.
     pub split_locks: BTreeMap<String, u64>,
+    /// Bus locks that bus-lock VM exits told of.
+    pub bus_locks: u64,
     /// Writes of the real bit.
     pub real_bit_writes: u64,
     /// How often a CPU loaded it.

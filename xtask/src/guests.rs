@@ -257,6 +257,11 @@ pub const GUESTS: &[Guest] = &[
         Behaviour::None(End::Exit(SUCCESS)),
     ),
     Guest::new(
+        "sld-hint",
+        "reads what the hypervisor says of split locks",
+        Behaviour::None(End::Exit(SUCCESS)),
+    ),
+    Guest::new(
         "legacy-ac",
         "legacy alignment checking at CPL 3, expects its own #AC",
         Behaviour::Legacy(6),

@@ -449,12 +449,14 @@ fn check_role(plan: &Plan, Member { name, role, .. }: &Member, seen: &Seen<'_>, 
 }
 
 fn add(sums: &mut Counters, counters: &Counters) {
-    let Counters { exits, split_locks, real_bit_writes, loads, migrations, ticks } = counters;
+    let Counters { exits, split_locks, bus_locks, real_bit_writes, loads, migrations, ticks } =
+        counters;
     for (sums, counts) in [(&mut sums.exits, exits), (&mut sums.split_locks, split_locks)] {
         for (name, count) in counts {
             *sums.entry(name.clone()).or_default() += count;
         }
     }
+    sums.bus_locks += bus_locks;
     sums.real_bit_writes += real_bit_writes;
     sums.loads += loads;
     sums.migrations += migrations;
@@ -600,6 +602,7 @@ mod tests {
             let counters = Counters {
                 exits: [("exception".to_owned(), 1), ("cpuid".to_owned(), 2)].into(),
                 split_locks: verdict.map(|verdict| (verdict.to_owned(), 1)).into_iter().collect(),
+                bus_locks: 0,
                 real_bit_writes: (verdict == Some("warn")).into(),
                 loads: 50,
                 migrations: 10,

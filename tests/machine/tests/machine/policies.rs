@@ -18,7 +18,13 @@ const UNAWARE: [(&str, usize); 4] =
     [("split-add-cpl0", 3), ("split-xchg-cpl3", 3), ("split-page", 12), ("split-storm", 1000)];
 
 pub fn trials() -> Vec<Trial> {
-    let mut trials = Vec::new();
+    let mut trials = vec![
+        trial("policies::guests_are_told", told),
+        trial("policies::guests_are_told_in_a_fatal_host", told_in_fatal),
+        trial("policies::guests_that_are_traced_are_told", told_traced),
+        trial("policies::without_detection_nothing_is_told_and_nothing_limited", undetected),
+        trial("policies::who_waits_for_a_limit_takes_no_time", waiting),
+    ];
     for source in [SldSource::Msr, SldSource::Trace] {
         let part = if source == SldSource::Msr { "policies" } else { "trace::policies" };
         let name = |test: &str| format!("{part}::{test}");
@@ -121,6 +127,85 @@ fn each_vm(source: SldSource) -> Result<()> {
     check_eq(&outcome, "bus locks", taken(&outcome), 3000)
 }
 
+/// A VM for each of these policies, exposed and not, which reads CPUID leaf 0x4000_0001: EAX of the one
+/// that is not exposed, and EBX.
+fn hints(
+    host: Policy,
+    source: SldSource,
+    expected: &[(&str, u32, u32)],
+    machine: MachineConfig,
+) -> Result<RunOutcome> {
+    let guest = guests::find("sld-hint").expect("it is registered");
+    let mut vms = Vec::new();
+    for (policy, ..) in expected {
+        for (expose_sld, suffix) in [(false, "hidden"), (true, "exposed")] {
+            let name = format!("{}-{suffix}", policy.replace('=', "-"));
+            let policy = Some(policy.parse()?);
+            vms.push(Vm { name, expose_sld, policy, ..Vm::of_guest(guest) });
+        }
+    }
+    let detects = source != SldSource::None;
+    let config = HvConfig { source: Some(source), ..HvConfig::new(host, vms.clone()) };
+    let outcome = vms::run(&config, machine)?;
+    for (vm, (_, eax, ebx)) in vms.iter().zip(expected.iter().flat_map(|row| [row, row])) {
+        succeeded(&outcome, &vm.name)?;
+        let eax = eax | u32::from(vm.expose_sld && detects);
+        let line = format!("[{}] hint {eax:#x} {ebx:#x}", vm.name);
+        check(&outcome, outcome.serial.contains(&line), &format!("{line:?} is missing"))?;
+    }
+    Ok(outcome)
+}
+
+fn told() -> Result<()> {
+    let expected = [
+        ("off", 0x010, 0),
+        ("warn", 0x110, 0),
+        ("step", 0x210, 0),
+        ("emulate", 0x310, 0),
+        ("ratelimit=10", 0x410, 10),
+        ("fatal", 0x512, 0),
+    ];
+    hints(Policy::Warn, SldSource::Msr, &expected, MachineConfig::default()).map(drop)
+}
+
+fn told_in_fatal() -> Result<()> {
+    let expected = [("emulate", 0x310, 0), ("fatal", 0x512, 0)];
+    hints(Policy::Fatal, SldSource::Msr, &expected, MachineConfig::default()).map(drop)
+}
+
+fn told_traced() -> Result<()> {
+    let machine = MachineConfig { sld: false, ..MachineConfig::default() };
+    let expected = [("off", 0x020, 0), ("emulate", 0x320, 0), ("ratelimit=7", 0x420, 7)];
+    hints(Policy::Warn, SldSource::Trace, &expected, machine).map(drop)
+}
+
+fn undetected() -> Result<()> {
+    let machine = MachineConfig { sld: false, ..MachineConfig::default() };
+    let expected =
+        [("off", 0, 0), ("warn", 0, 0), ("step", 0, 0), ("emulate", 0, 0), ("fatal", 0, 0)];
+    hints(Policy::Warn, SldSource::None, &expected, machine.clone())?;
+    let guest = guests::find("split-storm").expect("it is registered");
+    let limited = Vm {
+        name: "limited".to_owned(),
+        policy: Some("ratelimit=10".parse()?),
+        ..Vm::of_guest(guest)
+    };
+    let other = Vm { name: "other".to_owned(), ..Vm::of_guest(guest) };
+    let config = HvConfig {
+        source: Some(SldSource::None),
+        ..HvConfig::new(Policy::Warn, vec![limited, other])
+    };
+    let outcome = vms::run(&config, machine)?;
+    succeeded(&outcome, "other")?;
+    let why = outcome.events.iter().find_map(|event| match &event.body {
+        Body::VmRefused { vm, why } if vm == "limited" => Some(why.as_str()),
+        _ => None,
+    });
+    let says = why
+        .is_some_and(|why| why.starts_with("a ratelimit with source none needs a CPU that exits"));
+    check(&outcome, says, &format!("it is refused: {why:?}"))
+}
+
 /// A VM that may lock the bus a thousand times a second waits when it wants more; one beside it that
 /// splits as many, with detection off, does not.
 fn limited(source: SldSource) -> Result<()> {
@@ -130,6 +215,11 @@ fn limited(source: SldSource) -> Result<()> {
         succeeded(&outcome, name)?;
     }
     check_eq(&outcome, "steps", count(&outcome, "limited", "step"), 1000)?;
+    let steps = outcome.events.iter().filter_map(|event| match &event.body {
+        Body::Ac(ac) if ac.vm == "limited" && ac.verdict == "step" => Some(event.tsc),
+        _ => None,
+    });
+    check_limit(&outcome, &steps.collect::<Vec<_>>(), 900, MachineConfig::default().ips.into())?;
     let waited = count(&outcome, "limited", "throttle");
     check(&outcome, waited > 0, "the VM never had to wait")?;
     let end = |name: &str| {
@@ -139,6 +229,53 @@ fn limited(source: SldSource) -> Result<()> {
             .position(|event| matches!(&event.body, Body::VmEnd { vm, .. } if vm == name))
     };
     check(&outcome, end("free") < end("limited"), "the other VM had to wait as well")
+}
+
+/// In no second, wherever it begins, there are more than so many. An event stands behind its step, so
+/// that two of them may be a little closer than the steps' beginnings.
+fn check_limit(outcome: &RunOutcome, steps: &[u64], limit: usize, second: u64) -> Result<()> {
+    const JITTER: u64 = 50;
+    check(outcome, steps.len() > limit, "there is no second in which there might be more")?;
+    let shortest = steps.windows(limit + 1).map(|steps| steps[limit] - steps[0]).min();
+    let enough = shortest.is_some_and(|ticks| ticks >= second - second / JITTER);
+    check(outcome, enough, &format!("{} in {shortest:?} ticks of {second}", limit + 1))
+}
+
+/// While a VM waits, another one on its CPU has nearly all of the time.
+fn waiting() -> Result<()> {
+    const IPS: u32 = 10_000_000;
+    const SECOND: u64 = IPS as u64;
+    const SPIN: u64 = 3 * SECOND;
+    let limit: Policy = "ratelimit=5".parse()?;
+    let (storm, bench) = (guests::find("split-storm"), guests::find("bench"));
+    let (storm, bench) = storm.zip(bench).expect("they are registered");
+    let limited = Vm {
+        name: "limited".to_owned(),
+        policy: Some(limit),
+        cmdline: "count=14".to_owned(),
+        ..Vm::of_guest(storm)
+    };
+    let busy = Vm { cmdline: format!("spin={SPIN}"), ..Vm::of_guest(bench) };
+    let machine = MachineConfig { ips: IPS, ..MachineConfig::default() };
+    let outcome = vms::run(&HvConfig::new(Policy::Warn, vec![limited, busy]), machine)?;
+    let mut steps = Vec::new();
+    let (mut ticks, mut ended) = (0, 0);
+    for event in &outcome.events {
+        match &event.body {
+            Body::Ac(ac) if ac.verdict == "step" => steps.push(event.tsc),
+            Body::VcpuEnd { vm, counters, .. } if vm == "bench" => ticks = counters.ticks,
+            Body::VmEnd { vm, .. } if vm == "limited" => ended = event.tsc,
+            _ => {}
+        }
+    }
+    succeeded(&outcome, "limited")?;
+    check_eq(&outcome, "steps", steps.len(), 14)?;
+    check_limit(&outcome, &steps, 5, SECOND)?;
+    let waited = ended.saturating_sub(steps[0]);
+    check(&outcome, waited > 2 * SECOND * 9 / 10, &format!("the VM waited {waited} ticks only"))?;
+    println!("{ticks} of {SPIN} ticks beside a VM that waits");
+    // Starting the two is not its own time either.
+    check(&outcome, ticks > SPIN / 100 * 90, &format!("{ticks} of {SPIN} ticks were the other's"))
 }
 
 /// Four vCPUs change one number that crosses cache lines, and others beside it: nothing is lost.
