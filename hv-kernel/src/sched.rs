@@ -531,10 +531,8 @@ impl Cpu {
                 }) {
                     thread.counters.real_bit_writes += 1;
                 }
-                let traced = if thread.is_traced() { &thread.sld } else { &self.idle };
-                let written = sld::task_switch(&mut self.tracer, traced);
-                if let Some(bit) = self.report(written) {
-                    thread.push(self.shared, Event::TraceBit(bit));
+                if self.tracer.mode() != sld::SldMode::Off {
+                    self.switch_tracer(thread);
                 }
                 self.verify("switch", Some(thread));
             }
@@ -545,6 +543,15 @@ impl Cpu {
                 self.note_tracer(written);
                 self.verify("switch", None);
             }
+        }
+    }
+
+    #[inline(never)]
+    fn switch_tracer(&mut self, thread: &mut Thread) {
+        let traced = if thread.is_traced() { &thread.sld } else { &self.idle };
+        let written = sld::task_switch(&mut self.tracer, traced);
+        if let Some(bit) = self.report(written) {
+            thread.push(self.shared, Event::TraceBit(bit));
         }
     }
 

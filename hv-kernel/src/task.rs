@@ -430,11 +430,18 @@ impl Running<'_> {
     /// Records what an operation of `sld` did to the bit that this VM's split locks are detected by.
     #[inline(always)]
     fn note_own(&mut self, written: Written) {
+        if written != Ok(None) {
+            self.note_own_write(written);
+        }
+    }
+
+    #[inline(never)]
+    fn note_own_write(&mut self, written: Written) {
         match written {
             Ok(Some(bit)) if self.thread.is_traced() => {
                 self.thread.push(self.cpu.shared, Event::TraceBit(bit));
             }
-            written => self.note(written),
+            written => self.note_write(written),
         }
     }
 
@@ -479,10 +486,20 @@ impl Host for Running<'_> {
     }
 
     #[inline(always)]
-    fn real_ac(&mut self, context: AcContext) -> Option<Result<Verdict, MsrFault>> {
-        let Aside { policy, task } = self.thread.aside.as_mut()?;
-        // Its guest has no say here, and nothing is kept from one #AC to the next.
-        Some(sld::Vcpu::new(*policy).on_ac(&mut self.cpu.sld, task, context))
+    fn is_aside(&self) -> bool {
+        self.thread.is_traced()
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn real_ac(&mut self, context: AcContext) -> Result<Verdict, MsrFault> {
+        match &mut self.thread.aside {
+            // Its guest has no say here, and nothing is kept from one #AC to the next.
+            Some(Aside { policy, task }) => {
+                sld::Vcpu::new(*policy).on_ac(&mut self.cpu.sld, task, context)
+            }
+            None => Ok(Verdict::Inject),
+        }
     }
 
     fn memory(&self) -> &GuestMemory {

@@ -44,9 +44,15 @@ pub trait Host {
     /// Whether each instruction is to be looked at before it is executed: the VM is traced, and the
     /// software's bit is on.
     fn traces(&self) -> bool;
-    /// The CPU has raised #AC. Where the VM is traced, that is not what its guest's split locks are
-    /// detected by: the verdict of the CPU's own detection. `None` for all other VMs.
-    fn real_ac(&mut self, context: AcContext) -> Option<Result<Verdict, MsrFault>>;
+    /// Whether the VM's split locks are not what the CPU's own detection is for.
+    fn is_aside(&self) -> bool;
+    /// The CPU has raised #AC in a VM for which [`Self::is_aside`] holds: the verdict of its own
+    /// detection.
+    ///
+    /// # Errors
+    ///
+    /// MSR 0x33 faulted.
+    fn real_ac(&mut self, context: AcContext) -> Result<Verdict, MsrFault>;
     /// The guest's memory.
     fn memory(&self) -> &Self::Memory;
 
@@ -755,6 +761,7 @@ impl Loaded<'_> {
         }
     }
 
+    #[inline(never)]
     fn hlt(&mut self) {
         self.skip_instruction();
         self.vcpu.activity = Activity::Halted;

@@ -109,14 +109,15 @@ impl Loaded<'_> {
         info: InterruptionInfo,
     ) -> Handled {
         self.end_split_lock_step(host)?;
-        let context = self.ac_context();
-        let verdict = match host.real_ac(context) {
-            None => {
-                let (pinned, task) = host.sld();
-                self.vcpu.sld.on_ac(pinned, task, context).map_err(End::from)?
-            }
-            Some(verdict) => verdict.map_err(End::from)?,
+        let cr0 = self.vmcs.read(GUEST_CR0);
+        let context = self.ac_context(cr0);
+        let verdict = if host.is_aside() {
+            host.real_ac(context)
+        } else {
+            let (pinned, task) = host.sld();
+            self.vcpu.sld.on_ac(pinned, task, context)
         };
+        let verdict = verdict.map_err(End::from)?;
         let rip = self.vmcs.read(GUEST_RIP);
         let (cr3, code, instruction) = self.instruction_at(host.memory(), rip);
         let virtual_bit = self.vcpu.sld.virtual_bit();
@@ -124,16 +125,16 @@ impl Loaded<'_> {
         let (source, first) = (Source::Msr, false);
         let report =
             AcReport { source, rip, cr3, context, virtual_bit, outcome, first, code, instruction };
-        self.act_on(host, verdict, report, Some(info))
+        self.act_on(host, verdict, report, cr0, Some(info))
     }
 
     /// What decides about an #AC, as it is now.
     #[inline(always)]
-    pub(crate) fn ac_context(&self) -> AcContext {
+    pub(crate) fn ac_context(&self, cr0: u64) -> AcContext {
         AcContext {
             // DPL of SS: 3 in virtual-8086 mode, 0 in real mode.
             cpl: (self.vmcs.read(GUEST_SS_ACCESS_RIGHTS) >> 5 & 3) as u8,
-            cr0_am: self.vmcs.read(GUEST_CR0) & CR0_AM != 0,
+            cr0_am: cr0 & CR0_AM != 0,
             eflags_ac: self.vmcs.read(GUEST_RFLAGS) & RFLAGS_AC != 0,
         }
     }
@@ -146,6 +147,7 @@ impl Loaded<'_> {
         host: &mut impl Host,
         verdict: Verdict,
         report: AcReport,
+        cr0: u64,
         exit: Option<InterruptionInfo>,
     ) -> Handled {
         match verdict {
@@ -160,7 +162,7 @@ impl Loaded<'_> {
                         self.vmcs.write(GUEST_RFLAGS, flags | RFLAGS_RF);
                     }
                 }
-                let error = (self.vmcs.read(GUEST_CR0) & CR0_PE != 0).then_some(0);
+                let error = (cr0 & CR0_PE != 0).then_some(0);
                 self.inject(EventKind::HardwareException, vector::AC, error, 0);
             }
             Verdict::Warn { first, real_bit } => {

@@ -195,7 +195,8 @@ impl Loaded<'_> {
         rip: u64,
         instruction: InstructionBytes,
     ) -> Result<bool, Stop> {
-        let context = self.ac_context();
+        let cr0 = self.vmcs.read(GUEST_CR0);
+        let context = self.ac_context(cr0);
         let state = self.emulator_state(rip);
         match look(&state, instruction.as_slice(), host.memory()) {
             Look::Other => return Ok(true),
@@ -224,7 +225,7 @@ impl Loaded<'_> {
             code: state.code,
             instruction,
         };
-        self.act_on(host, verdict, report, None)?;
+        self.act_on(host, verdict, report, cr0, None)?;
         self.begin_wanted_step(host)?;
         self.follow_bit(host);
         let carried_out = matches!(verdict, Verdict::Emulate { .. })

@@ -234,6 +234,7 @@ pub fn measure(system: &System) -> Result<Vec<Measured>> {
     };
     let spinning = Vm {
         source: Some(SldSource::Trace),
+        expose_sld: false,
         cmdline: format!("spin={TRACED_TICKS}"),
         ..vm.clone()
     };
