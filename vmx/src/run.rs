@@ -761,7 +761,6 @@ impl Loaded<'_> {
         }
     }
 
-    #[inline(never)]
     fn hlt(&mut self) {
         self.skip_instruction();
         self.vcpu.activity = Activity::Halted;
@@ -1144,6 +1143,7 @@ impl Loaded<'_> {
         self.vmcs.read(GUEST_CR4) & owned | self.vmcs.read(CR4_READ_SHADOW) & !owned
     }
 
+    #[inline(always)]
     pub(crate) fn in_64_bit_mode(&self) -> bool {
         self.vmcs.read(GUEST_CS_ACCESS_RIGHTS) & 1 << 13 != 0
             && self.vmcs.read(GUEST_IA32_EFER) & EFER_LMA != 0
