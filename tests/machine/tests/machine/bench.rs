@@ -22,8 +22,8 @@ const ROWS: [(&str, u64); 13] = [
     ("in_nobody", 1),
     ("ac_legacy", 4),
     ("ac_split_lock", 4),
-    // The lock is tried before it is stepped or carried out: once more.
-    ("ac_step", 2),
+    // The lock that is tried and the one that happens; the exit after a step counts as one more.
+    ("ac_step", 3),
     ("ac_emulate", 1),
     ("ac_emulate_page", 1),
     ("ac_warn", 2),
