@@ -1,8 +1,8 @@
 //! The console: carries out what an operator types on a serial port that has the log.
 //!
-//! Only the boot CPU does it, between two turns of its tasks: it looks at the ports once in
-//! [`POLL_TICKS`], writes one line of an answer, zeroes 2 MiB of a VM that is to be made, asks whether
-//! others have done their part. Nothing of it waits for anything, so that the VMs go on meanwhile. What
+//! Only the boot CPU does it, between two turns of its tasks, a step in [`POLL_TICKS`] while there are
+//! any: it looks at the ports, writes one line of an answer, zeroes 2 MiB of a VM that is to be made,
+//! asks whether others have done their part. Nothing of it waits for anything, so that the VMs go on meanwhile. What
 //! others have to do, they are told by mail ([`vmx::mailbox`]) and do when they get to it.
 
 use alloc::collections::VecDeque;
@@ -25,8 +25,8 @@ use crate::sched::{self, Cpu};
 use crate::summary;
 use crate::vm::{Plan, Reason, StartError, Vm};
 
-/// How often the ports are looked at, in ticks of the TSC: a third of a millisecond on a CPU of 3 GHz,
-/// in which four characters come in. A UART holds 16.
+/// How long guests have the CPU before the console has its turn again, in ticks of the TSC: a third of a
+/// millisecond on a CPU of 3 GHz, in which four characters come in. A UART holds 16.
 const POLL_TICKS: u64 = 1_000_000;
 /// How long vCPUs may take to answer, in ticks of the TSC. One that waits for a CPU or is held out of
 /// its guest answers late.
@@ -62,8 +62,8 @@ pub struct Operator {
     job: Option<Job>,
     /// For each VM, whether the run stays open for it: it was stopped, and may be started again.
     keeps: Vec<bool>,
-    /// When the ports are looked at again (TSC).
-    next_poll: u64,
+    /// When it is the console's turn again (TSC).
+    next_turn: u64,
     /// The prompt is to be written.
     wants_prompt: bool,
     /// All is to end.
@@ -79,41 +79,53 @@ impl Operator {
             answer: VecDeque::from([String::from("console: type help")]),
             job: None,
             keeps: fleet::places().iter().map(|_| false).collect(),
-            next_poll: 0,
+            next_turn: 0,
             wants_prompt: true,
             quits: false,
         }
     }
 
-    /// When there is something to do (TSC).
+    /// When it is the console's turn again (TSC).
     pub fn due(&self) -> u64 {
-        let is_busy = !self.answer.is_empty()
-            || !self.input.is_empty() && self.job.is_none()
-            || matches!(self.job, Some(Job::Start(_, Some(_))));
-        if is_busy { 0 } else { self.next_poll }
+        self.next_turn
     }
 
-    /// Whether there is something to do that a guest's turn should end for. Looks at the ports if it
-    /// is time to.
+    /// Whether there is something to do that waits for nothing but this CPU.
+    pub fn is_busy(&self) -> bool {
+        !self.answer.is_empty()
+            || !self.input.is_empty() && self.job.is_none()
+            || matches!(self.job, Some(Job::Start(_, Some(_))))
+    }
+
+    /// Whether it is the console's turn, and there is something to do that a guest's turn should end
+    /// for.
     pub fn is_waiting(&mut self) -> bool {
+        if now() < self.next_turn {
+            return false;
+        }
         self.listen();
-        self.job.is_some() || self.due() == 0
+        let is_waiting = self.is_busy() || self.job.is_some();
+        if !is_waiting {
+            self.wait();
+        }
+        is_waiting
+    }
+
+    /// Guests have the CPU for so long.
+    fn wait(&mut self) {
+        self.next_turn = now().saturating_add(POLL_TICKS);
     }
 
     fn listen(&mut self) {
-        let now = now();
-        if now >= self.next_poll {
-            self.next_poll = now.saturating_add(POLL_TICKS);
-            let Self { input, .. } = self;
-            let room = input.remaining_capacity();
-            // If another CPU is writing, the bytes wait.
-            console::try_with(|console| console.receive(room, |byte| input.push(byte)));
-        }
+        let Self { input, .. } = self;
+        let room = input.remaining_capacity();
+        // If another CPU is writing, the bytes wait.
+        console::try_with(|console| console.receive(room, |byte| input.push(byte)));
     }
 
-    /// One step.
-    pub fn attend(&mut self, cpu: &mut Cpu) {
-        if self.job.is_none() && now() < self.due() {
+    /// One step, if it is the console's turn or the CPU has nothing else to do.
+    pub fn attend(&mut self, cpu: &mut Cpu, is_idle: bool) {
+        if now() < self.next_turn && !(is_idle && self.is_busy()) {
             return;
         }
         self.listen();
@@ -128,6 +140,7 @@ impl Operator {
             self.read(cpu);
         }
         self.let_go(cpu);
+        self.wait();
     }
 
     fn say(&mut self, line: impl Display) {

@@ -224,7 +224,7 @@ impl Cpu {
             self.shared.kicked.store(false, Ordering::Relaxed);
             self.receive();
             self.wake_due();
-            self.attend_operator();
+            self.attend_operator(last.is_none() && self.queue.len() == 0);
             let next = match last.take() {
                 Some(task) => {
                     Some(self.queue.push_pop(task.thread.vruntime, task.is_movable(), task))
@@ -314,7 +314,7 @@ impl Cpu {
         }
     }
 
-    /// How long until the console has something to do, in ticks of the TSC.
+    /// How long until it is the console's turn, in ticks of the TSC.
     pub fn ticks_to_operator(&self, now: u64) -> u64 {
         self.operator.as_ref().map_or(u64::MAX, |operator| operator.due().saturating_sub(now))
     }
@@ -324,9 +324,9 @@ impl Cpu {
         self.operator.as_mut().is_some_and(|operator| operator.is_waiting())
     }
 
-    fn attend_operator(&mut self) {
+    fn attend_operator(&mut self, is_idle: bool) {
         if let Some(mut operator) = self.operator.take() {
-            operator.attend(self);
+            operator.attend(self, is_idle);
             self.operator = Some(operator);
         }
     }
@@ -502,7 +502,8 @@ impl Cpu {
         IDLE.fetch_or(self.shared.bit(), Ordering::SeqCst);
         // Who has sent something since looks at `IDLE` after it, and kicks.
         let deadline = self.deadlines.first().map(|(deadline, _)| deadline);
-        let due = self.operator.as_ref().map(|operator| operator.due());
+        let operator = self.operator.as_ref();
+        let due = operator.map(|operator| if operator.is_busy() { 0 } else { operator.due() });
         let deadline = deadline.into_iter().chain(due).min();
         let sleeps = self.shared.inbox.is_empty()
             && !DONE.load(Ordering::SeqCst)

@@ -36,6 +36,7 @@ pub mod stress;
 pub mod suite;
 pub mod symbols;
 pub mod system;
+mod terminal;
 pub mod timeline;
 pub mod topology;
 pub mod trace;

@@ -20,6 +20,7 @@ pub use crate::link::{Input, Reply};
 use crate::link::{Link, Port};
 use crate::qemu::{self, Qemu};
 use crate::shim;
+use crate::terminal::Terminal;
 use crate::topology::Topology;
 
 /// Which emulator makes the machine.
@@ -525,6 +526,7 @@ fn watch(
     let mut events = Tail::new(directory.file(EVENTS));
     let mut truth = Tail::new(directory.file(TRUTH));
     let mut log = Tail::new(directory.file(bochs::file::LOG));
+    let mut terminal = Terminal::new(directory.file(OUTPUT));
     let mut logged = String::new();
     let mut shut_down = false;
     let mut said_last = false;
@@ -533,6 +535,7 @@ fn watch(
     loop {
         // Asked before the files are read, so that nothing written before the end is missed.
         let ended = running.0.try_wait()?;
+        terminal.drain();
         if let Some(link) = &mut link
             && !link.exchange()?
         {

@@ -28,6 +28,7 @@ pub fn trials() -> Vec<Trial> {
         trial("console::a_policy_that_cannot_be_kept_is_refused", refused),
         trial("console::a_vm_is_stopped_and_the_others_go_on", stop),
         trial("console::a_vm_is_started_again_and_nothing_is_lost", restart),
+        trial("console::a_vm_can_be_started_again_and_again", soak),
         trial("console::a_vm_starts_where_another_one_made_room", room),
         trial("console::whatever_is_typed_does_no_harm", garbage),
         trial("console::there_is_none_unless_it_is_configured", absent),
@@ -92,9 +93,8 @@ fn says(outcome: &RunOutcome, words: &str) -> Result<()> {
 
 fn looks() -> Result<()> {
     let script = [
-        (READY, "help"),
+        ("VM ended ended itself with status", "help"),
         ("ends all VMs and the run", "list"),
-        ("VM ended ended itself with status", "list"),
         (LISTED, "list"),
         (LISTED, "show storm"),
         ("exits:", "show ended"),
@@ -326,6 +326,29 @@ fn restart() -> Result<()> {
     // The third is of a time when it ran.
     check(&outcome, free[0] == free[1] && free[0] == free[3], &format!("free memory: {free:?}"))?;
     check(&outcome, free[0] != free[2], "the VM has no memory")
+}
+
+/// As often as one likes, also while its vCPUs have hardly begun: all that it had comes back.
+fn soak() -> Result<()> {
+    const TIMES: usize = 12;
+    let mut again = "restart smp\r".repeat(TIMES).into_bytes();
+    again.extend(b"stop smp\rlist\r");
+    let reply = |after: &str, send: &[u8]| Reply { after: after.to_owned(), send: send.to_vec() };
+    let script = vec![
+        Reply::line(READY, "stop smp"),
+        Reply::line("VM smp is stopped", "list"),
+        reply(LISTED, &again),
+        Reply::line(LISTED, "quit"),
+    ];
+    let vm = Vm { cmdline: "contend count=100000".to_owned(), limit_ticks: None, ..guest("smp") };
+    let vms = vec![endless("storm"), vm];
+    let config = HvConfig { console: true, verify: true, ..HvConfig::new(Policy::Step, vms) };
+    let input = Input::Script(script);
+    let outcome = vms::run(&config, MachineConfig { cpus: 4.into(), input, ..machine() })?;
+    let stopped = vec!["stopped".to_owned(); TIMES + 1];
+    check_eq(&outcome, "ends", ends(&outcome, "smp"), stopped)?;
+    let free: Vec<&str> = outcome.serial.lines().filter(|line| line.contains(LISTED)).collect();
+    check(&outcome, free.len() == 2 && free[0] == free[1], &format!("free memory: {free:?}"))
 }
 
 /// A VM for which there was no memory is started when there is; one whose image is missing is not.
