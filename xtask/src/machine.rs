@@ -526,7 +526,8 @@ fn watch(
     let mut events = Tail::new(directory.file(EVENTS));
     let mut truth = Tail::new(directory.file(TRUTH));
     let mut log = Tail::new(directory.file(bochs::file::LOG));
-    let mut terminal = Terminal::new(directory.file(OUTPUT));
+    // Others say too little to fill it.
+    let mut terminal = link.is_some().then(|| Terminal::new(directory.file(OUTPUT)));
     let mut logged = String::new();
     let mut shut_down = false;
     let mut said_last = false;
@@ -535,7 +536,9 @@ fn watch(
     loop {
         // Asked before the files are read, so that nothing written before the end is missed.
         let ended = running.0.try_wait()?;
-        terminal.drain();
+        if let Some(terminal) = &mut terminal {
+            terminal.drain();
+        }
         if let Some(link) = &mut link
             && !link.exchange()?
         {
