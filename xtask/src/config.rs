@@ -288,8 +288,8 @@ const HOST_KEYS: &[Key] = &[
         name: "source",
         example: "\"auto\"",
         meaning: &[
-            "Who detects split locks. msr: the CPU. trace: the hypervisor looks at each",
-            "instruction, which is slow. auto: msr if the CPU can, else trace. none: no one.",
+            "Who detects split locks. msr: the CPU. trace: the hypervisor, which looks",
+            "at each instruction; slow. auto: msr if the CPU can, else trace. none: no one.",
         ],
     },
     Key {
