@@ -44,9 +44,12 @@ pub fn trials() -> Vec<Trial> {
     for (policy, done) in [(Policy::Step, "step"), (Policy::Emulate, "emulate")] {
         for cpus in ["4", "1:2:2"] {
             let name = format!("policies::stress_{done}_on_{}", cpus.replace(':', "_"));
-            trials.push(trial(name, move || stress(policy, cpus.parse()?)));
+            trials.push(trial(name, move || stress(policy, cpus.parse()?, SldSource::Msr)));
         }
     }
+    trials.push(trial("trace::stress_warn_on_1_2_2", || {
+        stress(Policy::Warn, "1:2:2".parse()?, SldSource::Trace)
+    }));
     trials
 }
 
@@ -297,8 +300,10 @@ fn contended(policy: Policy, done: &str, cpus: Topology, source: SldSource) -> R
 }
 
 /// VMs that split locks, flip bits and move about, all with this policy.
-fn stress(policy: Policy, cpus: Topology) -> Result<()> {
-    let plan = Plan { cpus, sld: policy, loads: 1000, ..Plan::default() };
+fn stress(policy: Policy, cpus: Topology, source: SldSource) -> Result<()> {
+    // Traced, they get less done in a turn.
+    let loads = if source == SldSource::Trace { 2000 } else { 1000 };
+    let plan = Plan { cpus, sld: policy, source: Some(source), loads, ..Plan::default() };
     let Stressed { report, outcome } = plan.run(system()?)?;
     check(&outcome, report.wrong.is_empty(), &format!("{policy} on {cpus}\n{report}"))?;
     let found = [report.violations, report.missed, report.invented, report.outside];
