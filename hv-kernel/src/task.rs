@@ -208,6 +208,15 @@ impl Thread {
         }
     }
 
+    /// Its next turn comes at this time, unless something wakes it before.
+    fn sleep(&mut self, until: Option<u64>) {
+        let now = now();
+        // Without a timer, what it waits for is not its own time.
+        self.halted = until.map(|_| now);
+        let limit = now.saturating_add(self.ticks_left);
+        self.next = Next::Sleep(until.map(|until| until.min(limit)));
+    }
+
     /// It is `now`, and it has slept until then if it has slept.
     pub fn woken(&mut self, now: u64) {
         if let Some(since) = self.halted.take() {
@@ -350,15 +359,17 @@ impl Cpu {
     /// What the guest loop returned decides what the task's next turn is for.
     fn after(&mut self, thread: &mut Thread, stop: Stop) {
         let reason = match stop {
-            Stop::Slice | Stop::Halt(Some(_)) if thread.ticks_left == 0 => Reason::TimeLimit,
+            Stop::Slice | Stop::Halt(Some(_)) | Stop::Held if thread.ticks_left == 0 => {
+                Reason::TimeLimit
+            }
+            Stop::Held if let Next::Sleep(Some(until)) = thread.next => {
+                thread.sleep(Some(until));
+                return;
+            }
             // Held or not: its next turn asks the gate.
             Stop::Slice | Stop::Held => return,
             Stop::Halt(until) => {
-                let now = now();
-                // Without a timer, what it waits for is not its own time.
-                thread.halted = until.map(|_| now);
-                let limit = now.saturating_add(thread.ticks_left);
-                thread.next = Next::Sleep(until.map(|until| until.min(limit)));
+                thread.sleep(until);
                 return;
             }
             Stop::Over => {

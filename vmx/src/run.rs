@@ -356,6 +356,7 @@ impl Loaded<'_> {
 
     /// What [`Self::attend`] does before a VM entry; false if an instruction was carried out in place of
     /// one.
+    #[inline(always)]
     fn prepare(
         &mut self,
         host: &mut impl Host,
@@ -371,11 +372,15 @@ impl Loaded<'_> {
         {
             return self.trace(host);
         }
+        if self.vcpu.step.contains(Step::BEGUN) {
+            self.vcpu.step.remove(Step::BEGUN);
+            return Ok(true);
+        }
         let only_stepped =
             self.vcpu.step == Step::SPLIT_LOCK && after == Some(BasicReason::MONITOR_TRAP_FLAG);
         self.end_split_lock_step(host)?;
         if only_stepped && now < self.vcpu.stop_at {
-            // All else was attended to right before the step. What has come since then kicks.
+            // What else has come since it was attended to last kicks.
             self.tick(now);
             return Ok(true);
         }

@@ -172,7 +172,7 @@ impl Loaded<'_> {
                 }
                 self.resume(exit);
             }
-            Verdict::Step { first } => self.want_step(exit, AcReport { first, ..report }),
+            Verdict::Step { first } => self.want_step(host, exit, AcReport { first, ..report })?,
             Verdict::Throttle { first, limit } => {
                 let report = AcReport { first, ..report };
                 if !host.may_split(limit) {
@@ -180,7 +180,7 @@ impl Loaded<'_> {
                     self.resume(exit);
                     return Err(Stop::Held);
                 }
-                self.want_step(exit, report);
+                self.want_step(host, exit, report)?;
             }
             Verdict::Emulate { first, fallback } => {
                 self.emulate(host, exit, AcReport { first, ..report }, fallback)?;
@@ -214,11 +214,25 @@ impl Loaded<'_> {
     // ---- Step --------------------------------------------------------------------------------
 
     /// The instruction is to be executed with detection off, once nothing else is due.
-    fn want_step(&mut self, exit: Option<InterruptionInfo>, report: AcReport) {
+    fn want_step(
+        &mut self,
+        host: &mut impl Host,
+        exit: Option<InterruptionInfo>,
+        report: AcReport,
+    ) -> Handled {
         self.resume(exit);
         self.vcpu.step.insert(Step::WANTED);
         self.vcpu.stepped = Some(report);
         self.want_attention();
+        // As a rule nothing else is due, which would have kicked; the end of the turn can wait for one
+        // instruction.
+        if exit.is_some() && self.vcpu.step == Step::WANTED && !self.is_kicked() {
+            self.begin_wanted_step(host)?;
+            if self.vcpu.step == Step::SPLIT_LOCK {
+                self.vcpu.step.insert(Step::BEGUN);
+            }
+        }
+        Ok(())
     }
 
     /// Begins a step that is wanted.
@@ -256,7 +270,7 @@ impl Loaded<'_> {
     /// Detection is off for one VM entry at most, whatever the exit was.
     pub(crate) fn end_split_lock_step(&mut self, host: &mut impl Host) -> Handled {
         if self.vcpu.step.contains(Step::SPLIT_LOCK) {
-            self.vcpu.step.remove(Step::SPLIT_LOCK);
+            self.vcpu.step.remove(Step::SPLIT_LOCK | Step::BEGUN);
             host.end_step().map_err(End::from)?;
             self.set_monitor_trap();
             let rip = self.vmcs.read(GUEST_RIP);
@@ -329,10 +343,7 @@ impl Loaded<'_> {
         fallback: Fallback,
     ) -> Handled {
         match fallback {
-            Fallback::Step => {
-                self.want_step(exit, report);
-                Ok(())
-            }
+            Fallback::Step => self.want_step(host, exit, report),
             Fallback::Kill => {
                 self.report(host, AcReport { outcome: AcOutcome::Kill, ..report });
                 Err(End::SplitLock.into())

@@ -222,6 +222,8 @@ bitflags! {
         const SPLIT_LOCK = 1 << 1;
         /// It is to be switched off: the monitor trap flag is not on for that yet.
         const WANTED = 1 << 2;
+        /// It was just now: the exit before did not end it.
+        const BEGUN = 1 << 4;
         /// Not that: every instruction is looked at before it is executed, and all are stepped.
         const TRACE = 1 << 3;
         /// For what the next VM entry is for one instruction.

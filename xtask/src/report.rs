@@ -143,7 +143,9 @@ impl<'a> Row<'a> {
                 self.vcpus = (*vcpus).into();
             }
             Body::Ac(Ac { legacy, verdict, .. }) => {
-                self.seen += u64::from(!legacy);
+                // One that comes back is counted when something is done about it.
+                let comes_back = matches!(verdict.as_str(), "again" | "throttle");
+                self.seen += u64::from(!legacy && !comes_back);
                 *self.verdicts.entry(verdict).or_default() += 1;
             }
             Body::VmEnd { reason, status, counters, .. } => {

@@ -24,6 +24,7 @@ pub fn trials() -> Vec<Trial> {
         trial("policies::guests_that_are_traced_are_told", told_traced),
         trial("policies::without_detection_nothing_is_told_and_nothing_limited", undetected),
         trial("policies::who_waits_for_a_limit_takes_no_time", waiting),
+        trial("policies::who_waits_for_a_limit_ends_in_time", waits_too_long),
     ];
     for source in [SldSource::Msr, SldSource::Trace] {
         let part = if source == SldSource::Msr { "policies" } else { "trace::policies" };
@@ -279,6 +280,30 @@ fn waiting() -> Result<()> {
     println!("{ticks} of {SPIN} ticks beside a VM that waits");
     // Starting the two is not its own time either.
     check(&outcome, ticks > SPIN / 100 * 90, &format!("{ticks} of {SPIN} ticks were the other's"))
+}
+
+/// What a VM waits for its limit is of the time that it may take.
+fn waits_too_long() -> Result<()> {
+    const LIMIT: u64 = 50_000_000;
+    let storm = guests::find("split-storm").expect("it is registered");
+    let limited = Vm {
+        policy: Some("ratelimit=1".parse()?),
+        limit_ticks: Some(LIMIT),
+        ..Vm::of_guest(storm)
+    };
+    let outcome = vms::run(&HvConfig::new(Policy::Warn, vec![limited]), MachineConfig::default())?;
+    let end = outcome.events.iter().find_map(|event| match &event.body {
+        Body::VmStart { .. } => None,
+        Body::VmEnd { reason, .. } => Some((reason.as_str(), event.tsc)),
+        _ => None,
+    });
+    let start = outcome.events.iter().find(|event| matches!(event.body, Body::VmStart { .. }));
+    let taken = end.zip(start).map(|((reason, end), start)| (reason, end - start.tsc));
+    let in_time = taken.is_some_and(|(reason, ticks)| {
+        reason == "time limit" && (LIMIT..LIMIT * 5 / 4).contains(&ticks)
+    });
+    check(&outcome, in_time, &format!("it ended like this, after so many ticks: {taken:?}"))?;
+    check_eq(&outcome, "steps", count(&outcome, "split-storm", "step"), 1)
 }
 
 /// Four vCPUs change one number that crosses cache lines, and others beside it: nothing is lost.
