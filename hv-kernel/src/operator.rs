@@ -395,14 +395,18 @@ fn sum(place: &Place) -> Counters {
 }
 
 fn list() -> Vec<String> {
-    let heading = ["VM", "state", "policy", "vCPUs", "runs", "split locks", "exits"];
+    let heading = ["VM", "state", "policy", "source", "vCPUs", "runs", "split locks", "exits"];
     let rows = fleet::places().iter().map(|place| {
         let sum = sum(place);
-        let policy = place.running().map(|vm| vm.policy().policy().to_string());
+        let (policy, source) = match place.running() {
+            Some(vm) => (vm.policy().policy().to_string(), vm.source.to_string()),
+            None => (String::from("-"), String::from("-")),
+        };
         [
             place.config.name.clone(),
             state(place),
-            policy.unwrap_or_else(|| String::from("-")),
+            policy,
+            source,
             place.config.vcpus.to_string(),
             place.runs().to_string(),
             sum.split_locks.seen().to_string(),

@@ -65,6 +65,7 @@ pub enum Body {
         /// What is done about its split locks.
         policy: String,
         /// Where they are detected: `msr`, `trace` or `none`.
+        #[serde(default)]
         source: String,
         /// Whether it is shown the feature.
         exposed: bool,
@@ -224,6 +225,7 @@ pub struct Ac {
     /// The vCPU in it.
     pub vcpu: u32,
     /// Who raised it: `msr` (the CPU) or `trace`.
+    #[serde(default)]
     pub source: String,
     /// Guest RIP of the instruction.
     pub rip: Address,

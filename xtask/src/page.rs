@@ -148,6 +148,8 @@ fn seen(events: &[Event]) -> Markup {
             Body::TestCtrlWrite { result, .. } => ("a guest's write to MSR 0x33", &**result),
             Body::RealBit { why, on: true, .. } => ("real bit switched on", &**why),
             Body::RealBit { why, on: false, .. } => ("real bit switched off", &**why),
+            Body::TraceBit { why, on: true, .. } => ("tracing switched on", &**why),
+            Body::TraceBit { why, on: false, .. } => ("tracing switched off", &**why),
             Body::MachineCheck { verdict, .. } => ("machine check", &**verdict),
             Body::Violation { what } => {
                 trouble.push(("An invariant did not hold", what));

@@ -203,6 +203,8 @@ impl Builder {
                     self.flag(*cpu, *tsc, !on);
                 }
             }
+            // The flag of a vCPU that is traced.
+            Body::TraceBit { vm: Some(_), on, .. } => self.flag(*cpu, *tsc, !on),
             Body::Ac(ac) => {
                 // Where a sibling wants it on, the flag is all that changes.
                 if ac.verdict == "warn" {

@@ -105,7 +105,7 @@ fn looks() -> Result<()> {
     let vms = vec![endless("storm"), ended];
     let outcome = run(Policy::Emulate, vms, 1.into(), &script)?;
     says(&outcome, "policy VM POLICY what is done about its split locks:")?;
-    says(&outcome, "storm runs emulate 1 1")?;
+    says(&outcome, "storm runs emulate msr 1 1")?;
     says(&outcome, "ended ended: exit 33 - 1 1 3")?;
     says(&outcome, "1 CPUs,")?;
     says(&outcome, "VM storm: runs, policy emulate, 8 MiB, weight 100")?;
@@ -240,7 +240,7 @@ fn sleepers() -> Result<()> {
         (LISTED, "quit"),
     ];
     let outcome = run(Policy::Warn, vec![sleeper], 2.into(), &script)?;
-    says(&outcome, "sleeper runs off 4 1 0")?;
+    says(&outcome, "sleeper runs off msr 4 1 0")?;
     for wanted in ["step", "off"] {
         let is_it = |body: &Body| match body {
             Body::Policy { vcpu, policy, .. } if policy == wanted => Some(*vcpu),
@@ -269,7 +269,7 @@ fn refused() -> Result<()> {
         ..guest("hlt-forever")
     };
     let outcome = run(Policy::Fatal, vec![calm], 1.into(), &script)?;
-    says(&outcome, "calm runs emulate 1 1 0")?;
+    says(&outcome, "calm runs emulate msr 1 1 0")?;
     let changes = outcome.events.iter().filter(|event| matches!(event.body, Body::Policy { .. }));
     check_eq(&outcome, "changes", changes.count(), 1)
 }
