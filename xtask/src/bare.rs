@@ -71,6 +71,13 @@ const GUESTS: Part = Part {
     flags: &[FIXED],
 };
 
+const LINUX_INIT: Part = Part {
+    package: "linux-init",
+    executable: None,
+    linker_script: "tests/linux/init.ld",
+    flags: &[FIXED],
+};
+
 /// Builds the hypervisor's kernel; its ELF file.
 pub fn kernel() -> Result<PathBuf> {
     KERNEL.build_one()
@@ -84,6 +91,11 @@ pub fn boot() -> Result<PathBuf> {
 /// Builds the UEFI loader; its ELF file, of which [`pe`](crate::pe) makes what firmware loads.
 pub fn uefi() -> Result<PathBuf> {
     UEFI.build_one()
+}
+
+/// Builds the process that runs in the Linux of the nested tests; its ELF file.
+pub fn linux_init() -> Result<PathBuf> {
+    LINUX_INIT.build_one()
 }
 
 /// Builds the test guests; the name and the ELF file of each, sorted by name.

@@ -12,7 +12,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, Result, bail, ensure};
-use clap::Args;
+use clap::{Args, ValueEnum};
 use serde::Serialize;
 
 use crate::bare::root;
@@ -21,6 +21,7 @@ use crate::console::Step;
 use crate::events::{Body, Event, parse_lines};
 use crate::guests;
 use crate::machine::{self, MachineConfig};
+use crate::peer;
 use crate::profile::{Functions, Visit};
 use crate::report::{align, judge};
 use crate::system::System;
@@ -37,10 +38,21 @@ pub struct BenchArgs {
     /// Put the figures into docs/performance.md.
     #[arg(long)]
     update: bool,
+    /// Measure another hypervisor's exits and its dealings with split locks on the same machine, and show
+    /// them beside the figures in docs/performance.md.
+    #[arg(long, value_enum, conflicts_with_all = ["json", "profile"])]
+    peer: Option<Peer>,
+}
+
+/// `--peer`
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Peer {
+    /// KVM of Linux 6.1, with QEMU.
+    Kvm,
 }
 
 /// The guest.
-const GUEST: &str = "bench";
+pub(crate) const GUEST: &str = "bench";
 /// Its memory, most of which it touches page by page.
 const MEMORY_MIB: u32 = 64;
 /// Where the committed figures stand, relative to the root.
@@ -126,7 +138,7 @@ const ROWS: &[Row] = &[
 ];
 
 /// Least and median ticks, or why there are none.
-type Figures = Result<(u64, u64), String>;
+pub(crate) type Figures = Result<(u64, u64), String>;
 
 /// A row and what was measured of it.
 pub struct Measured {
@@ -179,6 +191,9 @@ pub fn run(args: &BenchArgs) -> Result<()> {
     let document = root().join(DOCUMENT);
     let text = fs::read_to_string(&document).with_context(|| format!("cannot read {DOCUMENT}"))?;
     let previous = medians(&text);
+    if let Some(Peer::Kvm) = args.peer {
+        return compare(args, &document, &text);
+    }
     let measured = measure(&System::build()?)?;
 
     if args.profile {
@@ -195,6 +210,22 @@ pub fn run(args: &BenchArgs) -> Result<()> {
         let text = replace(&text, "profile", &profile)?;
         let text = replace(&text, "cpus", &cpus_markdown(&measured))?;
         fs::write(&document, text).with_context(|| format!("cannot write {DOCUMENT}"))?;
+    }
+    Ok(())
+}
+
+/// Measures KVM and shows it beside the document's figures.
+fn compare(args: &BenchArgs, document: &Path, text: &str) -> Result<()> {
+    let system = System::build()?;
+    let exits = peer::exits(&system)?;
+    let split_locks = peer::split_locks(&system)?;
+    let medians = medians(text);
+    let ours = || ROWS.iter().filter_map(|row| Some((row.name, *medians.get(row.name)?)));
+    print!("{}\n{}", exits.table(ours()), split_locks.table());
+    if args.update {
+        let text = replace(text, "peer", &exits.markdown(ours()))?;
+        let text = replace(&text, "peer split locks", &split_locks.markdown())?;
+        fs::write(document, text).with_context(|| format!("cannot write {DOCUMENT}"))?;
     }
     Ok(())
 }
@@ -374,10 +405,19 @@ fn run_machine(system: &System, setup: &Setup, cpus: u32) -> Result<Run> {
 /// The rows among the lines of a log, by name.
 fn rows_printed(log: &str) -> Result<BTreeMap<String, Figures>> {
     let prefix = format!("[{GUEST}");
-    let lines = log.lines().filter_map(|line| {
+    parse_rows(log.lines().filter_map(|line| {
         let (_, row) = line.trim_end().strip_prefix(&prefix)?.split_once("] bench ")?;
         Some(row)
-    });
+    }))
+}
+
+/// The rows among the lines of a log that begin so.
+pub(crate) fn printed_by(log: &str, prefix: &str) -> Result<BTreeMap<String, Figures>> {
+    let prefix = format!("{prefix}bench ");
+    parse_rows(log.lines().filter_map(|line| line.trim_end().strip_prefix(&prefix)))
+}
+
+fn parse_rows<'a>(lines: impl Iterator<Item = &'a str>) -> Result<BTreeMap<String, Figures>> {
     lines.map(|line| printed_row(line).with_context(|| format!("not a row: {line}"))).collect()
 }
 

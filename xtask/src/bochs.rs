@@ -21,7 +21,7 @@ pub const OLDEST: Version = Version(3, 1);
 const BOOT_TIME: u32 = 946_684_800;
 
 /// An MSR that the CPU models lack: number, and value at reset, reserved bits and ignored bits.
-type ExtraMsr = (u32, [u64; 3]);
+pub(crate) type ExtraMsr = (u32, [u64; 3]);
 
 /// What Bochs checks when such an MSR is written, besides the bits: 2, that the value could be a
 /// physical address. Status registers hold more.
@@ -32,7 +32,7 @@ const fn kind((number, _): ExtraMsr) -> u8 {
 /// MSRs of a machine with split-lock detection.
 ///
 /// 0x33 (TEST_CTRL) has bit 29 and nothing else; 0xCF (IA32_CORE_CAPABILITIES) says in bit 5 that it works.
-fn sld_msrs(quirk: Option<Quirk>) -> Vec<ExtraMsr> {
+pub(crate) fn sld_msrs(quirk: Option<Quirk>) -> Vec<ExtraMsr> {
     const BIT_29: u64 = 1 << 29;
     let (reset, ignored) = match quirk {
         None => (0, 0),
@@ -72,7 +72,7 @@ fn extra_msrs(config: &MachineConfig) -> Vec<ExtraMsr> {
 
 /// A line of the file of extra MSRs. Every number but the first two has eight digits, the high half before the
 /// low one.
-fn msr_line(msr @ (number, values): ExtraMsr) -> String {
+pub(crate) fn msr_line(msr @ (number, values): ExtraMsr) -> String {
     let halves = values.map(|value| format!("{:08x} {:08x}", value >> 32, value as u32));
     format!("{number:03x} {} {}\n", kind(msr), halves.join(" "))
 }

@@ -32,7 +32,7 @@ enum State {
 /// # Errors
 /// If a run is impossible.
 pub fn run() -> Result<()> {
-    let findings = [toolchain(), linker(), bochs(), mmdebstrap(), qemu(), uefi(), kvm()];
+    let findings = [toolchain(), linker(), bochs(), mmdebstrap(), qemu(), uefi(), linux(), kvm()];
     for Finding { what, state, text } in &findings {
         let mark = match state {
             State::Found => "ok",
@@ -144,6 +144,17 @@ fn uefi() -> Finding {
         _ => (State::Optional, format!("fetched together with Bochs; or {}", firmware::INSTALL)),
     };
     Finding { what, state, text }
+}
+
+fn linux() -> Finding {
+    let what = "Linux";
+    match cache::existing_linux() {
+        Some(path) => Finding { what, state: State::Found, text: path.display().to_string() },
+        None => {
+            let text = "fetched for `test --nested` and `bench --peer kvm`".to_owned();
+            Finding { what, state: State::Optional, text }
+        }
+    }
 }
 
 fn kvm() -> Finding {

@@ -306,8 +306,8 @@ pub fn record(config: &MachineConfig, on_serial: &mut dyn FnMut(&[u8])) -> Resul
 
 /// Names of the files in the machine's directory.
 pub(crate) const DISK: &str = "disk.img";
-const SERIAL: &str = "serial.txt";
-const EVENTS: &str = "events.jsonl";
+pub(crate) const SERIAL: &str = "serial.txt";
+pub(crate) const EVENTS: &str = "events.jsonl";
 const TRUTH: &str = "truth.jsonl";
 const PROFILE: &str = "profile.jsonl";
 pub(crate) const OUTPUT: &str = "output.txt";
@@ -607,18 +607,18 @@ fn die_with_parent(command: &mut Command) {
 }
 
 /// Reads a file while it grows.
-struct Tail {
+pub(crate) struct Tail {
     path: PathBuf,
     file: Option<File>,
 }
 
 impl Tail {
-    fn new(path: PathBuf) -> Self {
+    pub(crate) fn new(path: PathBuf) -> Self {
         Self { path, file: None }
     }
 
     /// What was written since the last time; nothing while the file does not exist.
-    fn read_new(&mut self) -> Result<Vec<u8>> {
+    pub(crate) fn read_new(&mut self) -> Result<Vec<u8>> {
         if self.file.is_none() {
             match File::open(&self.path) {
                 Ok(file) => self.file = Some(file),

@@ -53,6 +53,9 @@ enum Task {
         /// Only the tests whose names contain this, and no formatting, no lints, no interleavings.
         #[arg(long, value_name = "TEXT")]
         filter: Option<String>,
+        /// Instead of all that: the hypervisor under QEMU and KVM, in a Linux in the reference machine.
+        #[arg(long, conflicts_with = "filter")]
+        nested: bool,
     },
 }
 
@@ -78,6 +81,7 @@ fn perform(task: Task) -> Result<()> {
         Task::Run(arguments) => run::run(&arguments),
         Task::Stress(arguments) => stress::run(&arguments),
         Task::Bench(arguments) => bench::run(&arguments),
-        Task::Test { filter } => suite::run(filter.as_deref()),
+        Task::Test { nested: true, .. } => suite::nested(),
+        Task::Test { filter, .. } => suite::run(filter.as_deref()),
     }
 }

@@ -62,7 +62,7 @@ impl Qemu {
     }
 
     /// A command that runs it with its firmware found.
-    fn command(&self) -> Command {
+    pub(crate) fn command(&self) -> Command {
         match self {
             Self::Host(program) => Command::new(program),
             Self::Cache(root) => {

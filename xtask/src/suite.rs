@@ -39,7 +39,7 @@ fn sections(filter: Option<&str>, total: &mut Count) -> Result<()> {
         section("Lints");
         // Apart, since what is built together shares its dependencies' features, and what runs on
         // the bare machine has no `std`.
-        let bare = ["hv-kernel", "boot", "guests"];
+        let bare = ["hv-kernel", "boot", "guests", "linux-init"];
         let host: Vec<_> = bare.into_iter().flat_map(|package| ["--exclude", package]).collect();
         let bare: Vec<_> = bare.into_iter().flat_map(|package| ["--package", package]).collect();
         for packages in [[&["--workspace"], &host[..]].concat(), bare] {
@@ -77,7 +77,9 @@ fn sections(filter: Option<&str>, total: &mut Count) -> Result<()> {
 
     section("Machine tests");
     let mut machines = cargo();
-    machines.args(["test", "--package", "machine-tests", "--"]).args(filter);
+    machines
+        .args(["test", "--package", "machine-tests", "--lib", "--test", "machine", "--"])
+        .args(filter);
     count_tests(&mut machines, total)?;
     if let Some(filter) = filter
         && *total == Count::default()
@@ -85,6 +87,19 @@ fn sections(filter: Option<&str>, total: &mut Count) -> Result<()> {
         bail!("no test has {filter:?} in its name");
     }
     Ok(())
+}
+
+/// Runs the tests of the hypervisor under QEMU and KVM, which take longer than all others.
+///
+/// # Errors
+/// If anything failed.
+pub fn nested() -> Result<()> {
+    let mut total = Count::default();
+    let mut tests = cargo();
+    tests.args(["test", "--package", "machine-tests", "--test", "nested", "--", "--ignored"]);
+    let result = count_tests(&mut tests, &mut total);
+    println!("\n{} passed, {} failed", total.passed, total.failed);
+    result
 }
 
 fn cargo() -> Command {

@@ -27,23 +27,88 @@ pub unsafe fn replace_stub(name: &CStr, hook: *const ()) {
     if !code::is_empty_stub(present) {
         die(&format!("{name:?} is not an empty stub but {present:02x?}"));
     }
+    // SAFETY: the stub and its padding are at least JUMP_LEN long, as checked above; the rest is the
+    // caller's promise.
+    unsafe { redirect(name, stub, hook) };
+}
+
+/// Puts a jump to `target` over the start of a function.
+///
+/// # Safety
+/// The function must be at least [`JUMP_LEN`] long, `target` one with the same parameters, and no other
+/// thread may be executing it.
+unsafe fn redirect(name: &CStr, function: NonNull<u8>, target: *const ()) {
     let page_size = page_size();
-    let first_page = stub.addr().get() & !(page_size - 1);
-    let end = stub.addr().get() + JUMP_LEN;
+    let first_page = function.addr().get() & !(page_size - 1);
+    let end = function.addr().get() + JUMP_LEN;
     let protect = |access: c_int| {
         let start = ptr::with_exposed_provenance_mut(first_page);
-        // SAFETY: the pages are those of the stub, which stay executable throughout.
+        // SAFETY: the pages are those of the function, which stay executable throughout.
         if unsafe { libc::mprotect(start, end - first_page, access) } != 0 {
             let why = std::io::Error::last_os_error();
             die(&format!("cannot change the protection of {name:?}: {why}"));
         }
     };
     protect(libc::PROT_READ | libc::PROT_WRITE | libc::PROT_EXEC);
-    let jump = code::jump_to(hook.addr());
-    // SAFETY: (1) the pages are writable now; (2) the stub and its padding are at least JUMP_LEN long,
-    // as checked above; (3) nobody executes them meanwhile, as the caller promises.
-    unsafe { ptr::copy_nonoverlapping(jump.as_ptr(), stub.as_ptr(), JUMP_LEN) };
+    let jump = code::jump_to(target.addr());
+    // SAFETY: (1) the pages are writable now; (2) the function is long enough and (3) nobody executes
+    // it meanwhile, as the caller promises.
+    unsafe { ptr::copy_nonoverlapping(jump.as_ptr(), function.as_ptr(), JUMP_LEN) };
     protect(libc::PROT_READ | libc::PROT_EXEC);
+}
+
+/// `Bit128s`.
+#[repr(C)]
+#[derive(Clone, Copy)]
+struct Signed128 {
+    low: u64,
+    high: i64,
+}
+
+/// `void long_idiv(Bit128s *quotient, Bit64s *remainder, const Bit128s *dividend, Bit64s divisor)`
+type LongDivision = unsafe extern "C" fn(*mut Signed128, *mut i64, *const Signed128, i64);
+
+/// What IDIV of 64-bit registers comes to in Bochs, done right. Bochs has ruled out a divisor of 0.
+unsafe extern "C" fn long_division(
+    quotient: *mut Signed128,
+    remainder: *mut i64,
+    dividend: *const Signed128,
+    divisor: i64,
+) {
+    // SAFETY: Bochs passes pointers to variables of these types.
+    unsafe {
+        let Signed128 { low, high } = *dividend;
+        let dividend = i128::from(high) << 64 | i128::from(low);
+        // It overflows only where the quotient is too large for the instruction anyway.
+        let result = dividend.wrapping_div(divisor.into());
+        *quotient = Signed128 { low: result as u64, high: (result >> 64) as i64 };
+        *remainder = dividend.wrapping_rem(divisor.into()) as i64;
+    }
+}
+
+/// Replaces Bochs' 64-bit signed division if it is wrong: the compiler of Debian's 3.1 has left out that
+/// the dividend is stored, since Bochs reads it as another type. Linux does not boot with that.
+pub fn repair_division() {
+    const NAME: &CStr = c"_Z9long_idivP7Bit128sPlPKS_l";
+
+    let function = symbol(NAME);
+    // SAFETY: the name is mangled from these parameters.
+    let divide = unsafe { std::mem::transmute::<NonNull<c_void>, LongDivision>(function) };
+    let right =
+        [(100, 3), (-100, 3), (100, -3), (-100, -3)].into_iter().all(|(dividend, divisor)| {
+            let parts = |number: i64| Signed128 { low: number as u64, high: number >> 63 };
+            let (mut quotient, mut remainder) = (parts(0), 0);
+            // SAFETY: it works on its arguments alone, which are variables of these types.
+            unsafe { divide(&raw mut quotient, &raw mut remainder, &parts(dividend), divisor) };
+            let found = (quotient.low as i64, quotient.high, remainder);
+            let expected = dividend / divisor;
+            found == (expected, expected >> 63, dividend % divisor)
+        });
+    if !right {
+        // SAFETY: a function that divides numbers of 128 bits is longer than a jump; the replacement
+        // has its parameters; Bochs has not begun to run.
+        unsafe { redirect(NAME, function.cast(), long_division as *const ()) };
+    }
 }
 
 fn page_size() -> usize {
@@ -378,5 +443,28 @@ impl CpuState {
     /// Whether a split lock faults.
     pub fn detects_split_locks(&self) -> bool {
         self.test_ctrl.is_some_and(|msr| msr.get() & SPLIT_LOCK_DETECT != 0)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn signed_division_is_that_of_the_instruction() {
+        let divide = |dividend: i128, divisor: i64| {
+            let dividend = Signed128 { low: dividend as u64, high: (dividend >> 64) as i64 };
+            let (mut quotient, mut remainder) = (dividend, 0);
+            // SAFETY: pointers to variables of these types.
+            unsafe { long_division(&raw mut quotient, &raw mut remainder, &dividend, divisor) };
+            (i128::from(quotient.high) << 64 | i128::from(quotient.low), remainder)
+        };
+        assert_eq!(divide(1_000_000_000, 1000), (1_000_000, 0));
+        assert_eq!(divide(-100, 3), (-33, -1));
+        assert_eq!(divide(100, -3), (-33, 1));
+        assert_eq!(divide(1 << 64, 3), (0x5555_5555_5555_5555, 1));
+        // Too large for the instruction: Bochs sees that by the high half.
+        assert_eq!(divide(i128::MAX, 1), (i128::MAX, 0));
+        assert_eq!(divide(i128::MIN, -1), (i128::MIN, 0));
     }
 }

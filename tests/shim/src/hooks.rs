@@ -64,6 +64,7 @@ pub fn install() {
     if SHIM.set(shim).is_err() {
         die("loaded twice");
     }
+    bochs::repair_division();
     // SAFETY: the hooks have the stubs' parameters, which stand in the mangled names; Bochs has no
     // thread yet.
     unsafe {

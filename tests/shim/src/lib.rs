@@ -34,8 +34,9 @@
 //! no copy, so resets and refused writes need no care. A machine without it never faults, but every
 //! split lock is still recorded as taken.
 //!
-//! Nothing the shim does changes the machine: it reads registers and memory through Bochs' debug
-//! interfaces and spends no machine time. Time is counted in instructions, so a run is the same with
+//! Nothing else that the shim does changes the machine, but for one repair: where Bochs divides signed
+//! 64-bit numbers wrongly, as Debian's 3.1 does, a right division takes its place. It reads registers
+//! and memory through Bochs' debug interfaces and spends no machine time. Time is counted in instructions, so a run is the same with
 //! and without a truth file.
 //!
 //! # What it relies on, and what it does when that is not there
