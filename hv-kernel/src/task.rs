@@ -65,6 +65,8 @@ pub struct Thread {
     aside: Option<Aside>,
     /// Its events that are not written out.
     ring: Ring,
+    /// Its first split lock, of which people were not told yet.
+    warning: Option<Warning>,
     /// What it has counted.
     pub counters: Counters,
     /// Its virtual time: the ticks that it was on a CPU, divided by its weight (100 is usual).
@@ -81,6 +83,16 @@ pub struct Thread {
     resident: bool,
     /// VM exits when it came to this CPU.
     pub exits_on_arrival: u64,
+}
+
+/// What people are told of a task's first split lock. They are told in the task's own turns: to write takes
+/// long.
+#[derive(Clone, Copy)]
+struct Warning {
+    rip: u64,
+    cpl: u8,
+    outcome: AcOutcome,
+    cpu: u32,
 }
 
 /// What the task of a VM that is traced is to the CPUs' own detection.
@@ -123,6 +135,7 @@ impl VcpuTask {
             sld: Task::of_vcpu(number, policy),
             aside: aside.map(|policy| Aside { policy, task: Task::of_vcpu(number, policy) }),
             ring: Ring::new(),
+            warning: None,
             counters: Counters::new(),
             vruntime: 0,
             ticks_left: ticks,
@@ -239,6 +252,7 @@ impl Thread {
     #[inline]
     pub fn has_written(&self) -> bool {
         self.ring.is_empty()
+            && self.warning.is_none()
             && !self.vm.has_lines()
             && (self.next != Next::Retire || self.ring.offenders.is_told())
     }
@@ -254,10 +268,32 @@ impl Thread {
         self.next == Next::Retire && self.ring.offenders.write_one(percpu::stamp, subject)
     }
 
+    /// Tells people of a task's first split lock. All of them are counted, told or not.
+    fn warn(&self, Warning { rip, cpl, outcome, cpu }: Warning) {
+        let take = |left: u32| left.checked_sub(1);
+        if WARNINGS_LEFT.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_err() {
+            return;
+        }
+        let done = match outcome {
+            AcOutcome::Step => "detection stays on, each one is stepped",
+            AcOutcome::Emulate => "detection stays on, each one is emulated",
+            AcOutcome::Throttle => "the VM has had as many as it may have, and waits",
+            AcOutcome::Again => "it is to be executed again",
+            _ => "detection is off for this task from now on",
+        };
+        let (vm, vcpu) = self.subject();
+        log::warn!(
+            "VM {vm}, vCPU {vcpu}: split lock at RIP {rip:#x}, CPL {cpl}, on CPU {cpu}: {done}"
+        );
+    }
+
     /// Writes events and its VM's output out until `ticks` have passed, one line at least if
     /// nobody else is writing.
     pub fn write_output(&mut self, ticks: u64) {
         let start = now();
+        if let Some(warning) = self.warning.take() {
+            self.warn(warning);
+        }
         loop {
             // The console first: a line that is taken out is printed.
             let printed = console::try_with(|console| self.vm.print_line(console));
@@ -394,30 +430,6 @@ struct Running<'a> {
 }
 
 impl Running<'_> {
-    /// Tells people of a task's first split lock. All of them are counted, told or not.
-    #[cold]
-    fn warn(&mut self, report: &AcReport) {
-        let take = |left: u32| left.checked_sub(1);
-        if WARNINGS_LEFT.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_err() {
-            return;
-        }
-        let done = match report.outcome {
-            AcOutcome::Step => "detection stays on, each one is stepped",
-            AcOutcome::Emulate => "detection stays on, each one is emulated",
-            AcOutcome::Throttle => "the VM has had as many as it may have, and waits",
-            AcOutcome::Again => "it is to be executed again",
-            _ => "detection is off for this task from now on",
-        };
-        log::warn!(
-            "VM {}, vCPU {}: split lock at RIP {:#x}, CPL {}, on CPU {}: {done}",
-            self.thread.vm.name,
-            self.thread.index,
-            report.rip,
-            report.context.cpl,
-            self.cpu.shared.index
-        );
-    }
-
     /// Records what an operation of `sld` did to the real bit: mostly nothing.
     #[inline(always)]
     fn note(&mut self, written: Written) {
@@ -703,7 +715,9 @@ impl Host for Running<'_> {
         self.thread.counters.split_locks.count(report.outcome, report.context.legacy());
         self.thread.push(self.cpu.shared, Event::Ac(*report));
         if report.first {
-            self.warn(report);
+            let AcReport { rip, context, outcome, .. } = *report;
+            let cpu = self.cpu.shared.index;
+            self.thread.warning = Some(Warning { rip, cpl: context.cpl, outcome, cpu });
         }
     }
 
