@@ -398,10 +398,6 @@ impl Cpu {
             Stop::Slice | Stop::Halt(Some(_)) | Stop::Held if thread.ticks_left == 0 => {
                 Reason::TimeLimit
             }
-            Stop::Held if let Next::Sleep(Some(until)) = thread.next => {
-                thread.sleep(Some(until));
-                return;
-            }
             // Held or not: its next turn asks the gate.
             Stop::Slice | Stop::Held => return,
             Stop::Halt(until) => {
@@ -626,7 +622,7 @@ impl Host for Running<'_> {
         match self.thread.vm.may_split(now(), limit) {
             Ok(()) => true,
             Err(until) => {
-                self.thread.next = Next::Sleep(Some(until));
+                self.thread.sleep(Some(until));
                 false
             }
         }
