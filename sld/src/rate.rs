@@ -64,6 +64,7 @@ impl RateLimiter {
 mod tests {
     use std::format;
     use std::string::String;
+    use std::vec;
     use std::vec::Vec;
 
     use super::{NonZeroU64, PerSecond, RateLimiter, TIMES};
@@ -175,6 +176,41 @@ mod tests {
             let next = START + (round + 1) * second;
             assert_eq!(limiter.allow(next - 1, highest), Err(next));
         }
+    }
+
+    /// Where split locks are told of when they have happened, a vCPU waits until its last one counts:
+    /// so there are no more than the limit, and one for each vCPU.
+    #[test]
+    fn what_has_happened_waits_until_it_counts() {
+        let mut most = 0;
+        for (vcpus, allowed) in [(1, 1), (1, 4), (3, 1), (16, 3)] {
+            let mut limiter = limiter();
+            let mut happened = Vec::new();
+            let mut waits = vec![false; vcpus];
+            for now in START..START + 50 * SECOND {
+                // One that is spread over time at first, which leaves room at each time later.
+                let wanted = if now < START + SECOND { 1 } else { usize::MAX };
+                for waits in &mut waits {
+                    for _ in 0..wanted {
+                        if !core::mem::replace(waits, true) {
+                            happened.push(now);
+                        }
+                        if limiter.allow(now, limit(allowed)).is_err() {
+                            break;
+                        }
+                        *waits = false;
+                    }
+                }
+            }
+            let bound = usize::from(allowed) + vcpus;
+            for begin in START..START + 49 * SECOND {
+                let second = begin..begin + SECOND;
+                let count = happened.iter().filter(|at| second.contains(at)).count();
+                assert!(count <= bound, "{count} by {vcpus} vCPUs with limit {allowed}");
+                most = most.max(count);
+            }
+        }
+        assert!(most > 3, "they come as often as they may");
     }
 
     #[test]

@@ -324,7 +324,8 @@ impl Loaded<'_> {
                 if reason.is_entry_failure() {
                     return Err(self.entry_failure(host, reason.basic()).into());
                 }
-                if reason.has_bus_lock() {
+                // An exit of that reason may say so twice.
+                if reason.has_bus_lock() && reason.basic() != BasicReason::BUS_LOCK {
                     self.note_bus_lock();
                 }
             }
@@ -395,7 +396,6 @@ impl Loaded<'_> {
             self.begin_wanted_step(host)?;
             return self.trace(host);
         }
-        self.limit_bus_locks(host)?;
         if now >= self.vcpu.stop_at {
             return Err(Stop::Slice);
         }
@@ -404,6 +404,8 @@ impl Loaded<'_> {
         if let Some(mail) = host.mailbox().take() {
             self.open_mail(host, mail)?;
         }
+        // Not before the mail, for which a vCPU that waits would be woken again and again.
+        self.limit_bus_locks(host)?;
         match host.poll() {
             Poll::GoOn => {}
             Poll::Yield => return Err(Stop::Slice),
@@ -421,21 +423,23 @@ impl Loaded<'_> {
     /// The guest took the bus.
     #[cold]
     fn note_bus_lock(&mut self) {
-        // An exit of this reason may have the flag as well.
-        self.vcpu.counters.bus_locks += u64::from(!self.vcpu.bus_locked);
+        self.vcpu.counters.bus_locks += 1;
         self.vcpu.bus_locked = true;
         self.want_attention();
     }
 
-    /// Who took the bus waits now, if its VM has had as many as it may have.
+    /// Who took the bus waits now, if its VM has had as many as it may have: until this time is one of
+    /// those. If it were not, each vCPU would have one more each time that one of them has waited.
     fn limit_bus_locks(&mut self, host: &mut impl Host) -> Handled {
-        if !core::mem::take(&mut self.vcpu.bus_locked) {
-            return Ok(());
+        if self.vcpu.bus_locked {
+            if let Some(limit) = bus_lock::limit(self.vcpu.sld.vm())
+                && !host.may_split(limit)
+            {
+                return Err(Stop::Held);
+            }
+            self.vcpu.bus_locked = false;
         }
-        match bus_lock::limit(self.vcpu.sld.vm()) {
-            Some(limit) if !host.may_split(limit) => Err(Stop::Held),
-            _ => Ok(()),
-        }
+        Ok(())
     }
 
     /// Has [`Self::attend`] called after the exit that is being handled.

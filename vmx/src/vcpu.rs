@@ -187,7 +187,7 @@ pub struct Vcpu {
     pub(crate) due_at: u64,
     /// Where its last #AC came from.
     pub(crate) ac_place: Option<AcPlace>,
-    /// It took the bus, as an exit said, and nothing was done about that yet.
+    /// It took the bus, as an exit said, and that is not yet one of those that its VM may have.
     pub(crate) bus_locked: bool,
     /// An NMI that waits for the guest to be able to take it.
     pub(crate) pending_nmi: bool,
