@@ -803,7 +803,7 @@ impl Loaded<'_> {
     /// It is `now` (host's TSC): the guest's timer fires if it is due, and the preemption timer is
     /// set for it or for the end of the turn, whichever comes first.
     #[inline(never)]
-    fn tick(&mut self, now: u64) {
+    pub(crate) fn tick(&mut self, now: u64) {
         let mut ticks = self.vcpu.stop_at.saturating_sub(now);
         let guest_now = self.guest_tsc(now);
         self.vcpu.apic.tick(guest_now);

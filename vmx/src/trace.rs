@@ -16,6 +16,7 @@ use crate::emulate::operand::CodeSize;
 use crate::emulate::paging::may_fetch;
 use crate::emulate::{Locked, State};
 use crate::fields::*;
+use crate::instruction::now;
 use crate::run::{
     BLOCKING_MOV_SS, End, Host, InstructionBytes, PENDING_DEBUG_BS, PENDING_DEBUG_ENABLED, Stop,
 };
@@ -228,6 +229,10 @@ impl Loaded<'_> {
         self.act_on(host, verdict, report, cr0, None)?;
         self.begin_wanted_step(host)?;
         self.follow_bit(host);
+        // The preemption timer has stood still in most of the time that tracing took.
+        if !self.vcpu.step.contains(Step::TRACE) {
+            self.tick(now());
+        }
         let carried_out = matches!(verdict, Verdict::Emulate { .. })
             && !self.vcpu.step.contains(Step::SPLIT_LOCK);
         Ok(!carried_out)
