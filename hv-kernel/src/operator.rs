@@ -93,7 +93,7 @@ impl Operator {
     /// Whether there is something to do that waits for nothing but this CPU.
     pub fn is_busy(&self) -> bool {
         !self.answer.is_empty()
-            || !self.input.is_empty() && self.job.is_none()
+            || !self.input.is_empty() && self.job.is_none() && !self.quits
             || matches!(self.job, Some(Job::Start(_, Some(_))))
     }
 
@@ -133,7 +133,8 @@ impl Operator {
             console::with(|console| console.answer(&line));
         } else if self.job.is_some() {
             self.go_on(cpu);
-        } else {
+        } else if !self.quits {
+            // A VM that was started now would keep the run from its end.
             if core::mem::take(&mut self.wants_prompt) {
                 console::with(|console| console.typing(monitor::PROMPT));
             }
