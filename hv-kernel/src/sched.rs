@@ -573,7 +573,6 @@ impl Cpu {
     /// VMs may be traced here from now on, if there is a mode for that.
     pub fn start_tracing(&mut self, mode: Option<sld::SldMode>) {
         if let Some(mode) = mode {
-            vmx::emulate::prepare();
             let online = sld::online(&mut self.tracer, mode);
             self.note_tracer(Ok(online.real_bit));
         }

@@ -13,6 +13,7 @@ use spin::Once;
 use vmx::addr::HostPhysAddr;
 use vmx::capability::Capabilities;
 use vmx::cpuid::{CpuidTable, Offer};
+use vmx::emulate;
 use vmx::instruction::now;
 use x86_64::PhysAddr;
 use x86_64::registers::control::{Cr3, Cr3Flags};
@@ -145,6 +146,8 @@ impl BootCpu {
         shared.install();
         tell_left_over(shared, left_over);
         let vmx = cpu::enter_vmx(shared, &segments, idt)?;
+        // Also where no VM is traced: instructions are emulated, and offenders measured.
+        emulate::prepare();
         let boot = percpu::stamp();
         let mut sld = SldCpu::real(shared.core);
         let Online { detection, real_bit } = sld::online(&mut sld, wishes.real_mode());
