@@ -232,13 +232,18 @@ pub fn counted(of: &str, counters: &Counters) -> Vec<String> {
     let locks = pairs(locks.filter(|(_, count)| *count > 0));
     let exits = counters.exits.exits();
     let exits = pairs(exits.map(|(reason, count)| (reason.name().unwrap_or("other"), count)));
-    Vec::from([
+    let mut lines = Vec::from([
         format!(
             "{of}: ticks {ticks}, loads {loads}, migrations {migrations}, real-bit writes {real_bit_writes}"
         ),
         format!("  split locks: {locks}"),
         format!("  exits: {exits}"),
-    ])
+    ]);
+    // What tells of them where split locks are not detected.
+    if counters.exits.bus_locks > 0 {
+        lines.insert(2, format!("  bus locks: {}", counters.exits.bus_locks));
+    }
+    lines
 }
 
 fn pairs<'a>(counts: impl Iterator<Item = (&'a str, u64)>) -> String {
@@ -396,5 +401,7 @@ mod tests {
             counted("x", &counters)[1..],
             ["  split locks: warn 1, emulate 1", "  exits: cpuid 1"]
         );
+        counters.exits.bus_locks = 7;
+        assert_eq!(counted("x", &counters)[2..], ["  bus locks: 7", "  exits: cpuid 1"]);
     }
 }

@@ -2,8 +2,9 @@
 //!
 //! Only the boot CPU does it, between two turns of its tasks, a step in [`POLL_TICKS`] while there are
 //! any: it looks at the ports, writes one line of an answer, zeroes 2 MiB of a VM that is to be made,
-//! asks whether others have done their part. Nothing of it waits for anything, so that the VMs go on meanwhile. What
-//! others have to do, they are told by mail ([`vmx::mailbox`]) and do when they get to it.
+//! asks whether others have done their part. Nothing of it waits for anything, so that the VMs go on
+//! meanwhile. What others have to do, they are told by mail ([`vmx::mailbox`]) and do when they get
+//! to it.
 
 use alloc::collections::VecDeque;
 use alloc::format;

@@ -93,7 +93,8 @@ pub trait Host {
     fn stop_vm(&mut self) -> Alone;
     /// They may go on.
     fn release_vm(&mut self);
-    /// Whether the guest, which may do that so many times a second, may lock the bus now. If not, the host has noted how long the vCPU waits.
+    /// Whether the guest, which may do that so many times a second, may lock the bus now. If not, the
+    /// host has noted how long the vCPU waits.
     fn may_split(&mut self, limit: PerSecond) -> bool;
 
     /// The policy that the VM has now: it may have changed since the vCPU was made.

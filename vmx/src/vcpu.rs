@@ -123,9 +123,9 @@ impl Switched {
     ///
     /// At CPL 0, on the CPU that is to run the vCPU, with nothing of the host in these registers.
     unsafe fn restore(&self, xmask: u64, msrs: usize) {
-        // SAFETY: (1) `xmask` is this CPU's, and XCR0 was checked against it; (2) the debug registers are inert in the host, whose DR7 is
-        // 0x400 after every exit; (3) the MSRs exist (`msrs`), and hold values
-        // that the guest's own WRMSR accepted.
+        // SAFETY: (1) `xmask` is this CPU's, and XCR0 was checked against it; (2) the debug registers
+        // are inert in the host, whose DR7 is 0x400 after every exit; (3) the MSRs exist (`msrs`), and
+        // hold values that the guest's own WRMSR accepted.
         unsafe {
             self.xarea.restore(xmask, self.xcr0);
             asm!("mov cr2, {}", in(reg) self.cr2, options(nostack));
@@ -222,10 +222,10 @@ bitflags! {
         const SPLIT_LOCK = 1 << 1;
         /// It is to be switched off: the monitor trap flag is not on for that yet.
         const WANTED = 1 << 2;
-        /// It was just now: the exit before did not end it.
-        const BEGUN = 1 << 4;
-        /// Not that: every instruction is looked at before it is executed, and all are stepped.
-        const TRACE = 1 << 3;
+        /// It was switched off just now: the VM entry for the step is still to come.
+        const BEGUN = 1 << 3;
+        /// Not for one alone: each instruction is looked at before it is executed, and all are stepped.
+        const TRACE = 1 << 4;
         /// For what the next VM entry is for one instruction.
         const ONE = Self::HOLE.bits() | Self::SPLIT_LOCK.bits() | Self::WANTED.bits();
         /// For what the monitor trap flag is on.
