@@ -37,10 +37,11 @@ impl Source {
     /// That of a VM whose split locks are detected there, on CPUs with these capabilities.
     pub fn of(detected: sld::Source, vm: VmPolicy, caps: &Capabilities) -> Self {
         match detected {
-            sld::Source::Trace => Self::Trace,
-            sld::Source::Auto | sld::Source::Msr => Self::Msr,
-            sld::Source::None if bus_lock::wanted(vm, caps) => Self::BusLockExits,
-            sld::Source::None => Self::None,
+            sld::Source::Trace if vm.detected() => Self::Trace,
+            sld::Source::Auto | sld::Source::Msr if vm.detected() => Self::Msr,
+            _ if bus_lock::wanted(vm, caps) => Self::BusLockExits,
+            // Also where the host has detection off.
+            _ => Self::None,
         }
     }
 }
@@ -138,15 +139,15 @@ mod tests {
         }
         // Wherever it is detected.
         let caps = Capabilities::read(|_| Ok::<_, ()>(u64::MAX << 32)).unwrap();
-        let warned = vm("warn", false, false);
         for (detected, source) in [
             (sld::Source::Msr, Source::Msr),
             (sld::Source::Trace, Source::Trace),
             (sld::Source::None, Source::BusLockExits),
         ] {
+            let warned = vm("warn", source != Source::BusLockExits, false);
             assert_eq!(Source::of(detected, warned, &caps), source);
+            assert_eq!(Source::of(detected, vm("off", false, true), &caps), Source::None);
         }
-        assert_eq!(Source::of(sld::Source::None, vm("off", false, false), &caps), Source::None);
         let limited = vm("ratelimit=9", false, false);
         assert_eq!(told(limited, Source::None), (0, 0));
         assert_eq!(told(limited, Source::BusLockExits), (0x430, 9));
