@@ -30,8 +30,8 @@ pub fn limit(vm: VmPolicy) -> Option<PerSecond> {
 }
 
 /// Whether a host with these capabilities can do anything for this policy: a limit wants to be told of
-/// split locks in one way or the other. (The other policies are without effect on a host without
-/// detection, which is said once, when it boots.)
+/// split locks in one way or the other. (The other policies are without effect on a VM that nothing
+/// detects, which the log says at the boot.)
 pub fn can_limit(vm: VmPolicy, caps: &Capabilities) -> bool {
     limit(vm).is_none() || caps.has_secondary(Secondary::BUS_LOCK_DETECTION)
 }

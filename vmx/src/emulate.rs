@@ -372,4 +372,4 @@ pub fn length(bytes: &[u8], code: CodeSize) -> usize {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -252,7 +252,6 @@ fn is_executed(dr7: u64, addresses: [u64; 4], linear: u64) -> bool {
 mod tests {
     use super::*;
     use crate::addr::GuestPhysAddr;
-    use crate::emulate::operand::Segment;
     use crate::emulate::paging::Rights;
     use crate::walk::{GuestRead, Paging};
     use iced_x86::{Decoder, DecoderOptions, Mnemonic, OpKind};
@@ -310,27 +309,7 @@ mod tests {
     }
 
     fn state(code: CodeSize) -> State {
-        let segment = Segment { base: 0, limit: u32::MAX, rights: 0xc093 };
-        State {
-            registers: [0; 16],
-            rip: 0x1000,
-            rflags: 2,
-            segments: [segment; 6],
-            code,
-            protected: true,
-            paging: Paging::Off,
-            cr3: 0,
-            pdptes: [0; 4],
-            rights: Rights {
-                user: false,
-                write_protect: true,
-                smap: false,
-                smep: false,
-                execute_disable: true,
-                physical_bits: 46,
-            },
-            linear_bits: 48,
-        }
+        State { code, ..crate::emulate::tests::state() }
     }
 
     /// LOCK ADD DWORD PTR [RBX], EAX.

@@ -57,6 +57,8 @@ mod tests {
 
     #[test]
     fn where_there_is_none_nothing_is_read() {
-        Terminal::new(PathBuf::from("/nonexistent/output.txt")).drain();
+        let mut terminal = Terminal::new(PathBuf::from("/nonexistent/output.txt"));
+        terminal.drain();
+        assert!(terminal.file.is_none());
     }
 }

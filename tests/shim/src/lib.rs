@@ -36,8 +36,8 @@
 //!
 //! Nothing else that the shim does changes the machine, but for one repair: where Bochs divides signed
 //! 64-bit numbers wrongly, as Debian's 3.1 does, a right division takes its place. It reads registers
-//! and memory through Bochs' debug interfaces and spends no machine time. Time is counted in instructions, so a run is the same with
-//! and without a truth file.
+//! and memory through Bochs' debug interfaces and spends no machine time. Time is counted in
+//! instructions, so a run is the same with and without a truth file.
 //!
 //! # What it relies on, and what it does when that is not there
 //!

@@ -162,9 +162,8 @@ impl Drop for Native {
     }
 }
 
-/// A guest in 64-bit mode without paging restrictions: its operand is at [`TARGET`], behind page
-/// tables that map it 1:1.
-fn state() -> State {
+/// A guest in 64-bit mode, as far as its segments go, that may reach everything: no tables are walked.
+pub(crate) fn state() -> State {
     State {
         registers: [0; 16],
         rip: 0x1000,
