@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use anyhow::{Error, Result, anyhow};
 use xtask::config::{Policy, Setup, SldSource};
 use xtask::events::{self, Ac, Body, Counters, Event, Outcome, Totals};
-use xtask::guests::{End, Expected, Guest, Situation};
+use xtask::guests::{End, Expected, Guest, SUCCESS, Situation};
 use xtask::machine::{MachineConfig, RunOutcome};
 use xtask::report;
 use xtask::system::System;
@@ -197,6 +197,32 @@ pub fn check_guest(outcome: &RunOutcome, guest: &Guest, situation: Situation) ->
     check_eq(outcome, &format!("counters of {name}"), counted, expected)
 }
 
+/// How many split locks of guests faulted, and how many took the bus.
+pub fn split_locks(outcome: &RunOutcome) -> [usize; 2] {
+    [Outcome::Faulted, Outcome::Taken].map(|wanted| {
+        let guest = outcome.truth.iter().filter(|truth| truth.vmx);
+        guest.filter(|truth| truth.outcome == wanted).count()
+    })
+}
+
+/// How many of a VM's #ACs led to this verdict.
+pub fn count_verdicts(outcome: &RunOutcome, name: &str, done: &str) -> usize {
+    let is_it = |body: &Body| matches!(body, Body::Ac(Ac { vm, verdict, .. }) if vm == name && verdict == done);
+    outcome.events.iter().filter(|event| is_it(&event.body)).count()
+}
+
+/// Checks that a VM's guest has ended it by itself, and well.
+///
+/// # Errors
+/// As [`check_orderly`].
+pub fn check_success(outcome: &RunOutcome, name: &str) -> Result<()> {
+    let end = outcome.events.iter().find_map(|event| match &event.body {
+        Body::VmEnd { vm, reason, status, .. } if vm == name => Some((reason.as_str(), *status)),
+        _ => None,
+    });
+    check_eq(outcome, &format!("end of {name}"), end, Some(("exit", Some(SUCCESS.into()))))
+}
+
 /// Checks that as many split locks faulted and were taken in guests as these guests make together. Where
 /// they are traced, none faults.
 ///
@@ -207,16 +233,12 @@ pub fn check_split_locks(
     guests: &[&Guest],
     situation: Situation,
 ) -> Result<()> {
-    let count = |wanted| {
-        let wanted = outcome.truth.iter().filter(|truth| truth.vmx && truth.outcome == wanted);
-        wanted.count()
-    };
     let sum = |part: fn(&Expected) -> u32| {
         guests.iter().map(|guest| part(&guest.expected(situation)) as usize).sum::<usize>()
     };
-    let found = [count(Outcome::Faulted), count(Outcome::Taken)];
     let faulted = if is_traced(outcome) { 0 } else { sum(|guest| guest.faulted) };
     let expected = [faulted, sum(|guest| guest.taken)];
+    let found = split_locks(outcome);
     check_eq(outcome, "split locks that faulted and that took the bus", found, expected)
 }
 

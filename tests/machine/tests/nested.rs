@@ -5,10 +5,10 @@ use std::process::ExitCode;
 
 use anyhow::{Result, anyhow, bail};
 use libtest_mimic::Arguments;
-use machine_tests::hypervisor::{check_guest, check_orderly, is_traced, system};
+use machine_tests::hypervisor::{check_guest, check_orderly, is_traced, split_locks, system};
 use machine_tests::{check, check_eq, explain, trial};
 use xtask::config::{Policy, Setup, SldSource};
-use xtask::events::{Body, Event, Outcome};
+use xtask::events::{Body, Event};
 use xtask::guests::{self, Guest, Situation};
 use xtask::linux::End;
 use xtask::machine::RunOutcome;
@@ -52,14 +52,6 @@ fn run_by(sld: Policy, source: SldSource, guests: &[&Guest], options: &str) -> R
     let setup = Setup::of_guests_by(sld, Some(source), &names, false)?;
     let options = format!("{MITIGATIONS_OFF} {WARNINGS} {options}");
     nested::run(system()?, &setup, L0 { options: &options, kvm: "" })
-}
-
-/// How many of L2's split locks faulted, and how many took the bus.
-fn split_locks(outcome: &RunOutcome) -> [usize; 2] {
-    [Outcome::Faulted, Outcome::Taken].map(|wanted| {
-        let guest = outcome.truth.iter().filter(|truth| truth.vmx);
-        guest.filter(|truth| truth.outcome == wanted).count()
-    })
 }
 
 /// Checks that the hypervisor detected nothing, ended in order, and that all guests ended as they must there.

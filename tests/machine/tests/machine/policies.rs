@@ -2,11 +2,13 @@
 
 use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
-use machine_tests::hypervisor::{boot_guests_by, check_orderly, machine_for, system};
+use machine_tests::hypervisor::{
+    boot_guests_by, check_orderly, check_success, count_verdicts, machine_for, split_locks, system,
+};
 use machine_tests::{check, check_eq, trial};
 use xtask::config::{HvConfig, Policy, SldSource, Vm};
-use xtask::events::{Ac, Body, Outcome};
-use xtask::guests::{self, Guest, SUCCESS};
+use xtask::events::Body;
+use xtask::guests::{self, Guest};
 use xtask::machine::{MachineConfig, RunOutcome};
 use xtask::stress::{Plan, Stressed};
 use xtask::topology::Topology;
@@ -54,24 +56,10 @@ pub fn trials() -> Vec<Trial> {
     trials
 }
 
-/// How many of a VM's #ACs led to this.
-fn count(outcome: &RunOutcome, name: &str, done: &str) -> usize {
-    let is_it = |body: &Body| matches!(body, Body::Ac(Ac { vm, verdict, .. }) if vm == name && verdict == done);
-    outcome.events.iter().filter(|event| is_it(&event.body)).count()
-}
-
 /// How many split locks of guests locked the bus.
 fn taken(outcome: &RunOutcome) -> usize {
-    let taken = |truth: &&xtask::events::Truth| truth.vmx && truth.outcome == Outcome::Taken;
-    outcome.truth.iter().filter(taken).count()
-}
-
-fn succeeded(outcome: &RunOutcome, name: &str) -> Result<()> {
-    let status = outcome.events.iter().find_map(|event| match &event.body {
-        Body::VmEnd { vm, status, .. } if vm == name => *status,
-        _ => None,
-    });
-    check_eq(outcome, &format!("status of {name}"), status, Some(SUCCESS.into()))
+    let [_, taken] = split_locks(outcome);
+    taken
 }
 
 /// Every split lock is seen and dealt with, one by one, and all guests get their results.
@@ -83,11 +71,16 @@ fn every_lock(policy: Policy, done: &str, source: SldSource) -> Result<()> {
     let outcome = boot_guests_by(policy, source, &all, machine_for(source))?;
     check_orderly(&outcome)?;
     for (name, locks) in UNAWARE {
-        succeeded(&outcome, name)?;
-        check_eq(&outcome, &format!("{done} of {name}"), count(&outcome, name, done), locks)?;
+        check_success(&outcome, name)?;
+        check_eq(
+            &outcome,
+            &format!("{done} of {name}"),
+            count_verdicts(&outcome, name, done),
+            locks,
+        )?;
     }
-    succeeded(&outcome, "sld-aware")?;
-    check_eq(&outcome, "own #ACs", count(&outcome, "sld-aware", "inject"), 4)?;
+    check_success(&outcome, "sld-aware")?;
+    check_eq(&outcome, "own #ACs", count_verdicts(&outcome, "sld-aware", "inject"), 4)?;
     let locks = UNAWARE.iter().map(|(_, locks)| locks).sum::<usize>();
     check_eq(&outcome, "bus locks", taken(&outcome), if policy == Policy::Step { locks } else { 0 })
 }
@@ -122,10 +115,11 @@ fn each_vm(source: SldSource) -> Result<()> {
         ("emulate", [0, 0, 1000, 0]),
         ("fatal", [0, 0, 0, 1]),
     ] {
-        let found = ["warn", "step", "emulate", "kill"].map(|done| count(&outcome, name, done));
+        let found =
+            ["warn", "step", "emulate", "kill"].map(|done| count_verdicts(&outcome, name, done));
         check_eq(&outcome, &format!("verdicts of {name}"), found, verdicts)?;
         if name != "fatal" {
-            succeeded(&outcome, name)?;
+            check_success(&outcome, name)?;
         }
     }
     check_eq(&outcome, "bus locks", taken(&outcome), 3000)
@@ -152,7 +146,7 @@ fn hints(
     let config = HvConfig { source: Some(source), ..HvConfig::new(host, vms.clone()) };
     let outcome = vms::run(&config, machine)?;
     for (vm, (_, eax, ebx)) in vms.iter().zip(expected.iter().flat_map(|row| [row, row])) {
-        succeeded(&outcome, &vm.name)?;
+        check_success(&outcome, &vm.name)?;
         let eax = eax | u32::from(vm.expose_sld && detects);
         let line = format!("[{}] hint {eax:#x} {ebx:#x}", vm.name);
         check(&outcome, outcome.serial.contains(&line), &format!("{line:?} is missing"))?;
@@ -200,7 +194,7 @@ fn undetected() -> Result<()> {
         ..HvConfig::new(Policy::Warn, vec![limited, other])
     };
     let outcome = vms::run(&config, machine)?;
-    succeeded(&outcome, "other")?;
+    check_success(&outcome, "other")?;
     let why = outcome.events.iter().find_map(|event| match &event.body {
         Body::VmRefused { vm, why } if vm == "limited" => Some(why.as_str()),
         _ => None,
@@ -210,21 +204,21 @@ fn undetected() -> Result<()> {
     check(&outcome, says, &format!("it is refused: {why:?}"))
 }
 
-/// A VM that may lock the bus a thousand times a second waits when it wants more; one beside it that
+/// A VM that may lock the bus 900 times a second, and does so a thousand times, waits; one beside it that
 /// splits as many, with detection off, does not.
 fn limited(source: SldSource) -> Result<()> {
     let limit = "ratelimit=900".parse()?;
     let outcome = storms(&[("limited", limit), ("free", Policy::Off)], source)?;
     for name in ["limited", "free"] {
-        succeeded(&outcome, name)?;
+        check_success(&outcome, name)?;
     }
-    check_eq(&outcome, "steps", count(&outcome, "limited", "step"), 1000)?;
+    check_eq(&outcome, "steps", count_verdicts(&outcome, "limited", "step"), 1000)?;
     let steps = outcome.events.iter().filter_map(|event| match &event.body {
         Body::Ac(ac) if ac.vm == "limited" && ac.verdict == "step" => Some(event.tsc),
         _ => None,
     });
     check_limit(&outcome, &steps.collect::<Vec<_>>(), 900, MachineConfig::default().ips.into())?;
-    let waited = count(&outcome, "limited", "throttle");
+    let waited = count_verdicts(&outcome, "limited", "throttle");
     check(&outcome, waited > 0, "the VM never had to wait")?;
     let end = |name: &str| {
         outcome
@@ -272,7 +266,7 @@ fn waiting() -> Result<()> {
             _ => {}
         }
     }
-    succeeded(&outcome, "limited")?;
+    check_success(&outcome, "limited")?;
     check_eq(&outcome, "steps", steps.len(), 14)?;
     check_limit(&outcome, &steps, 5, SECOND)?;
     let waited = ended.saturating_sub(steps[0]);
@@ -293,7 +287,6 @@ fn waits_too_long() -> Result<()> {
     };
     let outcome = vms::run(&HvConfig::new(Policy::Warn, vec![limited]), MachineConfig::default())?;
     let end = outcome.events.iter().find_map(|event| match &event.body {
-        Body::VmStart { .. } => None,
         Body::VmEnd { reason, .. } => Some((reason.as_str(), event.tsc)),
         _ => None,
     });
@@ -303,7 +296,7 @@ fn waits_too_long() -> Result<()> {
         reason == "time limit" && (LIMIT..LIMIT * 5 / 4).contains(&ticks)
     });
     check(&outcome, in_time, &format!("it ended like this, after so many ticks: {taken:?}"))?;
-    check_eq(&outcome, "steps", count(&outcome, "split-storm", "step"), 1)
+    check_eq(&outcome, "steps", count_verdicts(&outcome, "split-storm", "step"), 1)
 }
 
 /// Four vCPUs change one number that crosses cache lines, and others beside it: nothing is lost.
@@ -318,8 +311,8 @@ fn contended(policy: Policy, done: &str, cpus: Topology, source: SldSource) -> R
     };
     let machine = MachineConfig { cpus, ips: 1_000_000, ..machine_for(source) };
     let outcome = vms::run(&config, machine)?;
-    succeeded(&outcome, "smp")?;
-    let locks = count(&outcome, "smp", done);
+    check_success(&outcome, "smp")?;
+    let locks = count_verdicts(&outcome, "smp", done);
     check(&outcome, locks >= 4 * ROUNDS, &format!("only {locks} split locks"))?;
     check_eq(&outcome, "bus locks", taken(&outcome), if policy == Policy::Step { locks } else { 0 })
 }

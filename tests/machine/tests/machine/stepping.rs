@@ -7,10 +7,11 @@ use std::collections::BTreeMap;
 
 use anyhow::{Context, Result};
 use libtest_mimic::Trial;
+use machine_tests::hypervisor::{check_success, split_locks};
 use machine_tests::{check, check_eq, trial};
 use xtask::config::{HvConfig, Policy, Vm};
 use xtask::events::{Ac, Body, Event, Outcome, Truth};
-use xtask::guests::{self, SUCCESS};
+use xtask::guests;
 use xtask::machine::{MachineConfig, RunOutcome};
 use xtask::topology::Topology;
 
@@ -49,16 +50,12 @@ fn run(policy: Policy, cpus: Topology, vcpus: u32, parts: &str) -> Result<()> {
         HvConfig { slice_ticks: Some(50_000), verify: true, ..HvConfig::new(policy, vec![vm]) };
     let machine = MachineConfig { cpus, ips: 1_000_000, ..MachineConfig::default() };
     let outcome = vms::run(&config, machine)?;
-    let status = outcome.events.iter().find_map(|event| match &event.body {
-        Body::VmEnd { status, .. } => *status,
-        _ => None,
-    });
-    check_eq(&outcome, "status", status, Some(SUCCESS.into()))?;
+    check_success(&outcome, guest.name)?;
     let violations =
         outcome.events.iter().filter(|event| matches!(event.body, Body::Violation { .. })).count();
     check_eq(&outcome, "violations", violations, 0)?;
     let count = |done: &str| acs(&outcome).filter(|ac| ac.verdict == done).count();
-    let taken = taken(&outcome);
+    let [_, taken] = split_locks(&outcome);
     println!(
         "{policy} of {vcpus} on {cpus}: {} stepped, {} emulated, {} again",
         count("step"),
@@ -89,16 +86,13 @@ fn operations(policy: Policy, done: &str, seed: u64) -> Result<()> {
     let guest = guests::find("locked-ops").context("it is not registered")?;
     let vm = Vm { cmdline: format!("count={COUNT} seed={seed}"), ..Vm::of_guest(guest) };
     let outcome = vms::run(&HvConfig::new(policy, vec![vm]), MachineConfig::default())?;
-    let status = outcome.events.iter().find_map(|event| match &event.body {
-        Body::VmEnd { status, .. } => *status,
-        _ => None,
-    });
-    check_eq(&outcome, "status", status, Some(SUCCESS.into()))?;
+    check_success(&outcome, guest.name)?;
     let counted = acs(&outcome).filter(|ac| ac.verdict == done).count();
     check_eq(&outcome, done, counted, COUNT)?;
     check_eq(&outcome, "all #AC", acs(&outcome).count(), COUNT)?;
     let locks = if policy == Policy::Step { COUNT } else { 0 };
-    check_eq(&outcome, "bus locks", taken(&outcome), locks)?;
+    let [_, taken] = split_locks(&outcome);
+    check_eq(&outcome, "bus locks", taken, locks)?;
     check_steps(&outcome)
 }
 
@@ -107,10 +101,6 @@ fn acs(outcome: &RunOutcome) -> impl Iterator<Item = &Ac> {
         Body::Ac(ac) => Some(ac),
         _ => None,
     })
-}
-
-fn taken(outcome: &RunOutcome) -> usize {
-    outcome.truth.iter().filter(|truth| truth.vmx && truth.outcome == Outcome::Taken).count()
 }
 
 /// On each CPU, what takes the bus is the split lock that faulted right before, and no other.

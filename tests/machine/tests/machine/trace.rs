@@ -4,12 +4,13 @@
 use anyhow::{Context, Result};
 use libtest_mimic::Trial;
 use machine_tests::hypervisor::{
-    boot_guests_by, check_guest, check_orderly, check_split_locks, is_traced, machine_for, make,
+    boot, boot_guests_by, check_guest, check_orderly, check_split_locks, check_success,
+    count_verdicts, is_traced, machine_for, make, split_locks,
 };
 use machine_tests::{check, check_eq, trial};
 use xtask::config::{HvConfig, Policy, SldSource, Vm};
-use xtask::events::{Ac, Body, Outcome};
-use xtask::guests::{self, GUESTS, Guest, SUCCESS, Situation};
+use xtask::events::Body;
+use xtask::guests::{self, GUESTS, Guest, Situation};
 use xtask::machine::{MachineConfig, RunOutcome};
 use xtask::topology::Topology;
 
@@ -60,19 +61,6 @@ fn run(guest: &Guest, situation: Situation) -> Result<()> {
     check_split_locks(&outcome, &[guest], situation)
 }
 
-/// How many of a VM's #ACs led to this.
-fn count(outcome: &RunOutcome, name: &str, done: &str) -> usize {
-    let is_it = |body: &Body| matches!(body, Body::Ac(Ac { vm, verdict, .. }) if vm == name && verdict == done);
-    outcome.events.iter().filter(|event| is_it(&event.body)).count()
-}
-
-/// Faulted and taken in guests.
-fn split_locks(outcome: &RunOutcome) -> [usize; 2] {
-    [Outcome::Faulted, Outcome::Taken].map(|wanted| {
-        outcome.truth.iter().filter(|truth| truth.vmx && truth.outcome == wanted).count()
-    })
-}
-
 fn find(name: &str) -> Result<&'static Guest> {
     guests::find(name).with_context(|| format!("no guest {name}"))
 }
@@ -81,14 +69,6 @@ fn find(name: &str) -> Result<&'static Guest> {
 fn storm(name: &str, source: SldSource, policy: Policy) -> Result<Vm> {
     let (source, policy) = (Some(source), Some(policy));
     Ok(Vm { name: name.to_owned(), source, policy, ..Vm::of_guest(find("split-storm")?) })
-}
-
-fn check_status(outcome: &RunOutcome, name: &str) -> Result<()> {
-    let end = outcome.events.iter().find_map(|event| match &event.body {
-        Body::VmEnd { vm, reason, status, .. } if vm == name => Some((reason.as_str(), *status)),
-        _ => None,
-    });
-    check_eq(outcome, &format!("end of {name}"), end, Some(("exit", Some(SUCCESS.into()))))
 }
 
 /// VM exits of a VM for this reason.
@@ -127,15 +107,15 @@ fn mixture() -> Result<()> {
         ("nobody", [0; 5]),
         ("own", [0, 0, 0, 0, 4]),
     ] {
-        let found =
-            ["warn", "step", "emulate", "kill", "inject"].map(|done| count(&outcome, name, done));
+        let found = ["warn", "step", "emulate", "kill", "inject"]
+            .map(|done| count_verdicts(&outcome, name, done));
         check_eq(&outcome, &format!("verdicts of {name}"), found, verdicts)?;
         if name != "traced-fatal" {
-            check_status(&outcome, name)?;
+            check_success(&outcome, name)?;
         }
     }
     // Only the CPU's own fault.
-    let faulted = 1001 + count(&outcome, "cpu-step", "again");
+    let faulted = 1001 + count_verdicts(&outcome, "cpu-step", "again");
     check_eq(&outcome, "faulted and taken", split_locks(&outcome), [faulted, 5000])
 }
 
@@ -148,11 +128,11 @@ fn threads() -> Result<()> {
     let cpus = Topology { packages: 1, cores: 1, threads: 2 };
     let outcome = vms::run(&config, MachineConfig { cpus, ..MachineConfig::default() })?;
     for name in ["traced", "cpu"] {
-        check_status(&outcome, name)?;
+        check_success(&outcome, name)?;
     }
-    check_eq(&outcome, "steps by the CPU", count(&outcome, "cpu", "step"), 1000)?;
-    check_eq(&outcome, "warnings", count(&outcome, "traced", "warn"), 1)?;
-    let stepped = count(&outcome, "traced", "step");
+    check_eq(&outcome, "steps by the CPU", count_verdicts(&outcome, "cpu", "step"), 1000)?;
+    check_eq(&outcome, "warnings", count_verdicts(&outcome, "traced", "warn"), 1)?;
+    let stepped = count_verdicts(&outcome, "traced", "step");
     check(&outcome, stepped > 0, "the threads never met")?;
     let by_cpu = |body: &Body| matches!(body, Body::Ac(ac) if ac.source == "msr");
     let faulted = outcome.events.iter().filter(|event| by_cpu(&event.body)).count();
@@ -185,7 +165,7 @@ fn chosen() -> Result<()> {
             _ => None,
         });
         check_eq(&outcome, "source", found, Some(source))?;
-        check_eq(&outcome, "steps", count(&outcome, "split-add-cpl0", "step"), 3)?;
+        check_eq(&outcome, "steps", count_verdicts(&outcome, "split-add-cpl0", "step"), 3)?;
         let is_trace_bit = |body: &Body| matches!(body, Body::TraceBit { .. });
         let trace_bits = outcome.events.iter().any(|event| is_trace_bit(&event.body));
         check_eq(&outcome, "bits of the software", trace_bits, !sld)?;
@@ -201,8 +181,7 @@ fn refused() -> Result<()> {
     ];
     let config = HvConfig::new(Policy::Warn, vms);
     let machine = MachineConfig { sld: false, ..MachineConfig::default() };
-    let outcome =
-        machine_tests::hypervisor::boot(&vms::setup(config.to_text()?, &config.vms)?, machine)?;
+    let outcome = boot(&vms::setup(config.to_text()?, &config.vms)?, machine)?;
     let why = outcome.events.iter().find_map(|event| match &event.body {
         Body::VmRefused { vm, why } if vm == "insists" => Some(why.as_str()),
         _ => None,
@@ -210,6 +189,6 @@ fn refused() -> Result<()> {
     let expected =
         "source msr: this machine's CPUs have no split-lock detection; use source auto or trace";
     check_eq(&outcome, "refusal", why, Some(expected))?;
-    check_status(&outcome, "traced")?;
-    check_eq(&outcome, "steps", count(&outcome, "traced", "step"), 1000)
+    check_success(&outcome, "traced")?;
+    check_eq(&outcome, "steps", count_verdicts(&outcome, "traced", "step"), 1000)
 }
