@@ -83,6 +83,8 @@ pub struct Given {
 pub enum NotGiven {
     /// It asks for the CPUs' detection, and there is none.
     NoMsr(Detection),
+    /// It wants its split locks limited, and nothing tells of them.
+    NothingToLimit,
     /// Its policy does not go with the host's mode.
     Policy(PolicyError),
 }
@@ -99,6 +101,10 @@ impl fmt::Display for NotGiven {
             Self::NoMsr(_) => write!(
                 f,
                 "source msr: this machine's CPUs have no split-lock detection; {use_others}"
+            ),
+            Self::NothingToLimit => write!(
+                f,
+                "a ratelimit with source none has nothing to go by; {use_others}, or another policy"
             ),
             Self::Policy(error) => error.fmt(f),
         }
@@ -136,6 +142,9 @@ impl Domains {
             Source::None if self.real == SldMode::Off => {
                 let nobody = Host { configured: self.configured, enforced: SldMode::Off };
                 (VmPolicy::new(nobody, vm.policy, false)?, None)
+            }
+            Source::None if matches!(vm.policy, Some(Policy::RateLimit(_))) => {
+                return Err(NotGiven::NothingToLimit);
             }
             Source::None => (self.unwatched()?, None),
             Source::Auto | Source::Msr => {
@@ -228,6 +237,9 @@ mod tests {
             assert!(traced.policy.exposed());
             assert_eq!(traced.aside.map(VmPolicy::policy), Some(Policy::Off));
         }
+        let keys = ["source = \"none\"\npolicy = \"ratelimit=5\"", "source = \"msr\""];
+        let why = given(warn, &keys, works).unwrap_err();
+        assert!(why.contains("a ratelimit with source none has nothing to go by"), "{why}");
         for others in [&[][..], &["source = \"trace\""], &["source = \"msr\""]] {
             let own = ["source = \"none\"\nexpose_sld = true"];
             let unseen = given(warn, &[&own, others].concat(), works).unwrap();

@@ -321,6 +321,10 @@ impl Loaded<'_> {
         }
         let result = self.carry_out(host, report.rip);
         host.release_vm();
+        // One of those that were held may wait for this very CPU.
+        if self.is_kicked() {
+            self.want_attention();
+        }
         match result {
             Ok(()) => self.report(host, AcReport { outcome: AcOutcome::Emulate, ..report }),
             // By the tables as they are now. The CPU may go by what it remembers of them.

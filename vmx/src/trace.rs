@@ -7,8 +7,8 @@
 //!
 //! What is not seen: accesses that are locked without the guest's instruction saying so (a
 //! descriptor's accessed flag, flags in page tables); an instruction that another vCPU rewrites after
-//! the look; and one that is fetched by a translation which the guest has changed in its page tables
-//! without telling the CPU.
+//! the look; one that is fetched by a translation which the guest has changed in its page tables
+//! without telling the CPU; and an access by tables that lie where the guest has no memory.
 
 use sld::{Source, Verdict};
 
