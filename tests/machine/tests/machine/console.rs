@@ -106,7 +106,7 @@ fn looks() -> Result<()> {
     let outcome = run(Policy::Emulate, vms, 1.into(), &script)?;
     says(&outcome, "policy VM POLICY what is done about its split locks:")?;
     says(&outcome, "storm runs emulate msr 1 1")?;
-    says(&outcome, "ended ended: exit 33 - 1 1 3")?;
+    says(&outcome, "ended ended: exit 33 - - 1 1 3")?;
     says(&outcome, "1 CPUs,")?;
     says(&outcome, "VM storm: runs, policy emulate, 8 MiB, weight 100")?;
     says(&outcome, "vCPU 0 on CPU 0: ticks")?;
@@ -292,8 +292,8 @@ fn stop() -> Result<()> {
     let twice = vec!["stopped".to_owned(); 2];
     check_eq(&outcome, "ends", ends(&outcome, "storm"), twice)?;
     check_eq(&outcome, "ends of the other", ends(&outcome, "other"), vec![well()])?;
-    says(&outcome, "storm stopped - 1 1")?;
-    says(&outcome, "storm stopped - 1 2")
+    says(&outcome, "storm stopped - - 1 1")?;
+    says(&outcome, "storm stopped - - 1 2")
 }
 
 /// What a VM left behind is never the next one's: it gets its own results each time, and the memory is
