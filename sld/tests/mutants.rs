@@ -236,7 +236,7 @@ const MUTANTS: &[Mutant] = &[
     mutant("policy.rs", OFF_FATAL, "a fatal host does not emulate",
         &[("matches!(self, Self::Emulate | Self::Fatal)", "matches!(self, Self::Fatal)")]),
     mutant("mode.rs", OFF_FATAL, "exposed although nothing is enforced",
-        &[("expose && host.enforced != SldMode::Off", "expose")]),
+        &[("expose && enforced != SldMode::Off;", "expose;")]),
     mutant("mode.rs", POLICIES, "a VM gets the host's policy for its own",
         &[("Ok(Self { policy, ..self })", "Ok(self)")]),
     mutant("mode.rs", POLICIES, "the task of a VM that is off has no flag",
