@@ -433,8 +433,7 @@ impl Setup {
     ) -> Result<(HvConfig, Vec<(String, Source)>)> {
         let demonstration: Vec<String>;
         let names = if names.is_empty() {
-            let demo = GUESTS.iter().filter(|guest| guest.demo);
-            demonstration = demo.map(|guest| guest.name.to_owned()).collect();
+            demonstration = guests::demo().map(|guest| guest.name.to_owned()).collect();
             &demonstration
         } else {
             names
@@ -683,7 +682,7 @@ cmdline = \"\"
     #[test]
     fn without_guests_the_demonstration_runs() {
         let setup = Setup::of_guests(Policy::Warn, &[], false).unwrap();
-        let demo = GUESTS.iter().filter(|guest| guest.demo).count();
+        let demo = guests::demo().count();
         assert_eq!(setup.images.len(), demo);
         assert!(demo > 0);
     }

@@ -252,6 +252,14 @@ pub struct Ac {
     pub bytes: Bytes,
 }
 
+impl Ac {
+    /// Whether it counts as a split lock: one that comes back is counted when something is done about it,
+    /// and what may be an ordinary alignment check is none.
+    pub fn is_counted(&self) -> bool {
+        !self.legacy && !matches!(&*self.verdict, "again" | "throttle")
+    }
+}
+
 /// An instruction of a guest that split locks.
 #[derive(Clone, Debug, PartialEq, Deserialize)]
 pub struct Offender {
@@ -382,6 +390,12 @@ impl<'de> Deserialize<'de> for Address {
 /// Bytes written in hexadecimal, without anything between them.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Bytes(pub Vec<u8>);
+
+impl fmt::Display for Bytes {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}
 
 impl<'de> Deserialize<'de> for Bytes {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {

@@ -207,6 +207,11 @@ impl Guest {
     }
 }
 
+/// The guests of the demonstration, in the order in which they are shown.
+pub fn demo() -> impl Iterator<Item = &'static Guest> {
+    GUESTS.iter().filter(|guest| guest.demo)
+}
+
 /// Every test guest.
 pub const GUESTS: &[Guest] = &[
     Guest::new("split-add-cpl0", "LOCK ADD across two cache lines at CPL 0", Behaviour::Unaware(3))
@@ -435,7 +440,6 @@ mod tests {
 
     #[test]
     fn the_demo_shows_every_verdict() {
-        let demo = || GUESTS.iter().filter(|guest| guest.demo);
         assert!(demo().any(|guest| guest.expected(Situation::Warn).warn > 0));
         assert!(demo().any(|guest| guest.expected(Situation::Fatal).kill > 0));
         assert!(demo().any(|guest| guest.expected(Situation::Fatal).inject > 0));

@@ -6,12 +6,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use iced_x86::{Decoder, DecoderOptions, Formatter, IntelFormatter};
 
 use crate::events::{Ac, Body, Event, Offender};
-use crate::report::align;
+use crate::report::{self, align};
 use crate::symbols::Symbols;
 use crate::timeline::Clock;
 
-/// Verdicts after which the guest raises the same #AC again.
-const COMES_BACK: [&str; 2] = ["again", "throttle"];
 /// The most rows of the table on a terminal.
 const ROWS: usize = 20;
 
@@ -63,7 +61,7 @@ fn add(offenders: &mut Vec<Offender>, ac: &Ac, tsc: u64) {
         offenders.len() - 1
     });
     let offender = &mut offenders[index];
-    offender.count += u64::from(!COMES_BACK.contains(&&*ac.verdict));
+    offender.count += u64::from(ac.is_counted());
     *offender.verdicts.entry(ac.verdict.clone()).or_default() += 1;
     offender.last = tsc;
 }
@@ -83,15 +81,13 @@ impl Offender {
         if bytes.is_empty() {
             return "cannot be read".to_owned();
         }
-        let hexadecimal =
-            |bytes: &[u8]| bytes.iter().map(|byte| format!("{byte:02x}")).collect::<String>();
         if !matches!(self.bits, 16 | 32 | 64) {
-            return hexadecimal(bytes);
+            return self.bytes.to_string();
         }
         let decoder = Decoder::with_ip(self.bits, bytes, self.rip.0, DecoderOptions::NONE);
         let Some(instruction) = decoder.into_iter().next().filter(|first| !first.is_invalid())
         else {
-            return hexadecimal(bytes);
+            return self.bytes.to_string();
         };
         let mut text = String::new();
         let mut formatter = IntelFormatter::new();
@@ -113,12 +109,7 @@ impl Offender {
 
     /// What was done about it.
     pub fn done(&self) -> String {
-        let done = self.verdicts.iter().filter(|(_, count)| **count > 0);
-        let done = done.map(|(verdict, count)| match count {
-            1 => verdict.clone(),
-            _ => format!("{verdict} x{count}"),
-        });
-        done.collect::<Vec<_>>().join(", ")
+        report::verdicts(self.verdicts.iter().map(|(verdict, count)| (&**verdict, *count)))
     }
 }
 

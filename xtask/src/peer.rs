@@ -17,10 +17,6 @@ use crate::nested::{self, MITIGATIONS_OFF};
 use crate::report::{align, judge};
 use crate::system::System;
 
-/// The guests whose split locks are looked at.
-const GUESTS: [&str; 5] =
-    ["split-add-cpl0", "split-xchg-cpl3", "controls", "sld-aware", "legacy-ac"];
-
 /// What KVM takes for the rows of `bench`: with speculation mitigations off, and with Linux' defaults.
 pub struct Exits {
     off: BTreeMap<String, Figures>,
@@ -95,7 +91,7 @@ impl std::fmt::Display for Fate {
     }
 }
 
-/// What becomes of guests that split locks: under KVM with Linux' modes `warn` and `fatal`, under ours
+/// What becomes of the demonstration's guests and their split locks: under KVM with Linux' modes `warn` and `fatal`, under ours
 /// with the policies of these names.
 pub struct SplitLocks(Vec<(&'static str, [Fate; 4])>);
 
@@ -108,12 +104,11 @@ pub fn split_locks(system: &System) -> Result<SplitLocks> {
     let (warn, fatal) = (warn?, fatal?);
     let step = Step::start("Split locks under this hypervisor");
     let mut rows = Vec::new();
-    for (name, (warn, fatal)) in GUESTS.into_iter().zip(warn.into_iter().zip(fatal)) {
-        step.note(name);
-        let guest = guests::find(name).context("the guest is not registered")?;
+    for (guest, (warn, fatal)) in guests::demo().zip(warn.into_iter().zip(fatal)) {
+        step.note(guest.name);
         let [own_warn, own_fatal] =
             [Policy::Warn, Policy::Fatal].map(|mode| own(system, guest, mode));
-        rows.push((name, [warn, own_warn?, fatal, own_fatal?]));
+        rows.push((guest.name, [warn, own_warn?, fatal, own_fatal?]));
     }
     step.done();
     Ok(SplitLocks(rows))
@@ -123,7 +118,8 @@ pub fn split_locks(system: &System) -> Result<SplitLocks> {
 fn kvm(system: &System, mode: &str) -> Result<Vec<Fate>> {
     let step = Step::start(&format!("Split locks under KVM, split_lock_detect={mode}"));
     let options = format!("{MITIGATIONS_OFF} split_lock_detect={mode}");
-    let left = nested::run_guests(system, &GUESTS, &options, &step)?;
+    let names: Vec<&str> = guests::demo().map(|guest| guest.name).collect();
+    let left = nested::run_guests(system, &names, &options, &step)?;
     step.done();
     let end = |end: &End| match end {
         End::Exit(status) => format!("exit {status}"),

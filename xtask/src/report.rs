@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fmt::Write;
 
-use crate::events::{Ac, Body, Event, Totals};
+use crate::events::{Body, Event, Totals};
 use crate::machine::{Exit, RunOutcome};
 
 /// Whether the hypervisor came up, ran its VMs to their ends and shut down in order, whatever those ends
@@ -90,6 +90,16 @@ fn rows(events: &[Event]) -> Vec<Row<'_>> {
     vms
 }
 
+/// What was done about split locks, in words: each verdict, and how often if more than once.
+pub fn verdicts<'a>(counts: impl IntoIterator<Item = (&'a str, u64)>) -> String {
+    let counts = counts.into_iter().filter(|(_, count)| *count > 0);
+    let words = counts.map(|(verdict, count)| match count {
+        1 => verdict.to_owned(),
+        _ => format!("{verdict} x{count}"),
+    });
+    words.collect::<Vec<_>>().join(", ")
+}
+
 /// Lays rows out in columns.
 pub fn align<const COLUMNS: usize>(rows: &[[String; COLUMNS]]) -> String {
     let widths: Vec<usize> = (0..COLUMNS)
@@ -142,11 +152,9 @@ impl<'a> Row<'a> {
                 self.policy = policy;
                 self.vcpus = (*vcpus).into();
             }
-            Body::Ac(Ac { legacy, verdict, .. }) => {
-                // One that comes back is counted when something is done about it.
-                let comes_back = matches!(verdict.as_str(), "again" | "throttle");
-                self.seen += u64::from(!legacy && !comes_back);
-                *self.verdicts.entry(verdict).or_default() += 1;
+            Body::Ac(ac) => {
+                self.seen += u64::from(ac.is_counted());
+                *self.verdicts.entry(&ac.verdict).or_default() += 1;
             }
             Body::VmEnd { reason, status, counters, .. } => {
                 self.end = match status {
@@ -162,11 +170,8 @@ impl<'a> Row<'a> {
     }
 
     fn cells(&self) -> [String; 5] {
-        let verdicts = self.verdicts.iter().map(|(verdict, count)| match count {
-            1 => (*verdict).to_owned(),
-            _ => format!("{verdict} x{count}"),
-        });
-        let verdicts = verdicts.collect::<Vec<_>>().join(", ");
+        let counts = self.verdicts.iter().map(|(verdict, count)| (*verdict, *count));
+        let verdicts = verdicts(counts);
         let verdicts = if verdicts.is_empty() { "-".to_owned() } else { verdicts };
         let [name, policy] = [self.name, self.policy].map(str::to_owned);
         [name, policy, self.seen.to_string(), verdicts, self.end.clone()]

@@ -210,11 +210,10 @@ impl Builder {
                 if ac.verdict == "warn" {
                     self.flag(*cpu, *tsc, true);
                 }
-                let bytes = ac.bytes.0.iter().map(|byte| format!("{byte:02x}")).collect();
                 let details = vec![
                     ("rip", ac.rip.to_string()),
                     ("cr3", ac.cr3.to_string()),
-                    ("bytes", bytes),
+                    ("bytes", ac.bytes.to_string()),
                 ];
                 let name = format!("#AC: {}", ac.verdict);
                 self.mark(&ac.vm, ac.vcpu, Mark { at: *tsc, cpu: *cpu, name, details });

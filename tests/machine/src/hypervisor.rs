@@ -3,10 +3,10 @@
 use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
-use anyhow::{Error, Result, anyhow};
+use anyhow::{Context, Error, Result, anyhow};
 use xtask::config::{Policy, Setup, SldSource};
 use xtask::events::{self, Ac, Body, Counters, Event, Outcome, Totals};
-use xtask::guests::{End, Expected, Guest, SUCCESS, Situation};
+use xtask::guests::{self, End, Expected, Guest, SUCCESS, Situation};
 use xtask::machine::{MachineConfig, RunOutcome};
 use xtask::report;
 use xtask::system::System;
@@ -22,6 +22,14 @@ pub fn system() -> Result<&'static System> {
     static SYSTEM: OnceLock<Result<System, String>> = OnceLock::new();
     let system = SYSTEM.get_or_init(|| System::build().map_err(|why| format!("{why:#}")));
     system.as_ref().map_err(|why| anyhow!("{why}"))
+}
+
+/// The test guest with this name.
+///
+/// # Errors
+/// If there is none.
+pub fn find_guest(name: &str) -> Result<&'static Guest> {
+    guests::find(name).with_context(|| format!("no guest `{name}`"))
 }
 
 /// Boots the hypervisor with this setup on this machine, and waits for the end. However it ends, the

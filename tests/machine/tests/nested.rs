@@ -5,7 +5,9 @@ use std::process::ExitCode;
 
 use anyhow::{Result, anyhow, bail};
 use libtest_mimic::Arguments;
-use machine_tests::hypervisor::{check_guest, check_orderly, is_traced, split_locks, system};
+use machine_tests::hypervisor::{
+    check_guest, check_orderly, find_guest, is_traced, split_locks, system,
+};
 use machine_tests::{check, check_eq, explain, trial};
 use xtask::config::{Policy, Setup, SldSource};
 use xtask::events::{Body, Event};
@@ -39,7 +41,7 @@ const SIGBUS: u8 = 7;
 
 /// The guests that `cargo xtask run` shows.
 fn guests() -> Vec<&'static Guest> {
-    guests::GUESTS.iter().filter(|guest| guest.demo).collect()
+    guests::demo().collect()
 }
 
 /// The guests in a hypervisor that traces nothing.
@@ -87,8 +89,7 @@ fn guests_run_under_kvm() -> Result<()> {
 /// Few, since each of their instructions goes from L2 by L0 to L1 and back: one that splits locks and knows
 /// nothing of it, and one that wants its own #AC.
 fn traced_guests() -> Result<Vec<&'static Guest>> {
-    let guests: Option<_> = ["split-add-cpl0", "sld-aware"].into_iter().map(guests::find).collect();
-    guests.ok_or_else(|| anyhow!("a guest is not registered"))
+    ["split-add-cpl0", "sld-aware"].into_iter().map(find_guest).collect()
 }
 
 /// Without MSR 0x33, guests get what they would with it: by default the hypervisor traces them.
@@ -122,8 +123,7 @@ const EXITS: [&str; 9] = [
 
 /// What KVM does otherwise than the hardware shows in no guest.
 fn every_kind_of_exit_works_under_kvm() -> Result<()> {
-    let guests: Option<Vec<_>> = EXITS.into_iter().map(guests::find).collect();
-    let guests = guests.ok_or_else(|| anyhow!("a guest is not registered"))?;
+    let guests: Vec<_> = EXITS.into_iter().map(find_guest).collect::<Result<_>>()?;
     let nested = run(&guests, "split_lock_detect=off")?;
     check_guests(&nested, &guests)
 }

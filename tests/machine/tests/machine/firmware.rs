@@ -8,12 +8,12 @@ use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
-use machine_tests::hypervisor::{check_guest, check_orderly, make, system};
+use machine_tests::hypervisor::{check_guest, check_orderly, find_guest, make, system};
 use machine_tests::{Disk, check, check_eq, run, sector, trial};
 use xtask::config::{Setup, Source};
 use xtask::events::Body;
 use xtask::firmware::Firmware;
-use xtask::guests::{self, Guest, Situation};
+use xtask::guests::{Guest, Situation};
 use xtask::machine::{Accelerator, DiskBus, Emulator, Exit, MachineConfig};
 use xtask::monitor::QemuControl;
 use xtask::stick;
@@ -49,7 +49,7 @@ pub fn trials() -> Vec<Trial> {
 }
 
 fn controls() -> Result<&'static Guest> {
-    guests::find("controls").context("no guest `controls`")
+    find_guest("controls")
 }
 
 /// The disk of all these tests: a machine that runs it stays on at the end.

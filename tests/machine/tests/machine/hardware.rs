@@ -2,11 +2,11 @@
 
 use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
-use machine_tests::hypervisor::{boot_guests, check_guest, check_orderly};
+use machine_tests::hypervisor::{boot_guests, check_guest, check_orderly, find_guest};
 use machine_tests::{check, check_eq, trial};
 use xtask::config::{HvConfig, Policy, Vm};
 use xtask::events::{Body, Event, Totals};
-use xtask::guests::{self, Guest, Situation};
+use xtask::guests::Situation;
 use xtask::machine::{Exit, MachineConfig, Mishap, MsrWrite, RunOutcome};
 
 use crate::vms;
@@ -30,24 +30,20 @@ pub fn trials() -> Vec<Trial> {
     ]
 }
 
-fn guest(name: &str) -> Result<&'static Guest> {
-    guests::find(name).with_context(|| format!("no guest {name}"))
-}
-
 const fn write(number: u32, value: u64) -> MsrWrite {
     MsrWrite { cpu: None, number, value }
 }
 
 /// Runs a guest that splits a lock and one that does not.
 fn two(config: MachineConfig) -> Result<RunOutcome> {
-    boot_guests(Policy::Warn, &[guest("split-add-cpl0")?, guest("controls")?], config)
+    boot_guests(Policy::Warn, &[find_guest("split-add-cpl0")?, find_guest("controls")?], config)
 }
 
 /// Both guests come to their usual end.
 fn both_end(outcome: &RunOutcome) -> Result<()> {
     check_orderly(outcome)?;
-    check_guest(outcome, guest("split-add-cpl0")?, Situation::Warn)?;
-    check_guest(outcome, guest("controls")?, Situation::Warn)
+    check_guest(outcome, find_guest("split-add-cpl0")?, Situation::Warn)?;
+    check_guest(outcome, find_guest("controls")?, Situation::Warn)
 }
 
 fn says(outcome: &RunOutcome, text: &str) -> Result<()> {
@@ -97,7 +93,7 @@ fn locked_on() -> Result<()> {
 
 fn hidden() -> Result<()> {
     let config = MachineConfig { sld: false, ..MachineConfig::default() };
-    let outcome = boot_guests(Policy::Warn, &[guest("controls")?], config)?;
+    let outcome = boot_guests(Policy::Warn, &[find_guest("controls")?], config)?;
     check_orderly(&outcome)?;
     says(&outcome, "CPUID announces IA32_CORE_CAPABILITIES but reading it faults")
 }
@@ -128,7 +124,7 @@ fn system_management() -> Result<()> {
 /// 6 GiB, of which two and a half lie above 4 GiB: a VM that would take more is told how much there is.
 /// Memory is given out from the top, so the others live above 4 GiB.
 fn large_memory() -> Result<()> {
-    let of = |name| guest(name).map(Vm::of_guest);
+    let of = |name| find_guest(name).map(Vm::of_guest);
     let vms = vec![
         of("split-add-cpl0")?,
         of("controls")?,
@@ -229,7 +225,7 @@ fn machine_check() -> Result<()> {
     let outcome = with_machine_check(RIPV | EIPV, DATA_LOAD)?;
     check_orderly(&outcome)?;
     check_eq(&outcome, "end", end_of(&outcome, "split-add-cpl0")?, ("machine check", None))?;
-    check_guest(&outcome, guest("controls")?, Situation::Warn)?;
+    check_guest(&outcome, find_guest("controls")?, Situation::Warn)?;
     let expected = vec![(Some("split-add-cpl0"), Some(1), Some(DATA_LOAD), "end-vm")];
     check_eq(&outcome, "machine checks", machine_checks(&outcome), expected)?;
     says(&outcome, "bank 1: status 0xbd80000000000134, address 0x1234540")?;

@@ -6,11 +6,11 @@ use std::path::PathBuf;
 use anyhow::{Context, Result};
 use boot::disk::{SECTOR, Table};
 use libtest_mimic::Trial;
-use machine_tests::hypervisor::{boot, system};
+use machine_tests::hypervisor::{boot, find_guest, system};
 use machine_tests::{Disk, check, check_eq, run, trial};
 use xtask::config::{Setup, Source};
 use xtask::events::Body;
-use xtask::guests::{self, SUCCESS};
+use xtask::guests::SUCCESS;
 use xtask::image::Geometry;
 use xtask::machine::{Exit, MachineConfig, RunOutcome};
 
@@ -53,7 +53,7 @@ fn vm(name: &str, image: &str, memory_mib: u32, more: &str) -> String {
 
 /// `hv.toml` with the guest `controls` and these files beside it.
 fn setup(config: String, files: Vec<(&str, PathBuf)>) -> Result<Setup> {
-    let controls = guests::find("controls").context("no guest `controls`")?;
+    let controls = find_guest("controls")?;
     let mut images = vec![("guests/controls".to_owned(), Source::Registered(controls.name))];
     images.extend(files.into_iter().map(|(path, file)| (path.to_owned(), Source::File(file))));
     Ok(Setup { config, images })

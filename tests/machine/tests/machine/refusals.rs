@@ -1,12 +1,12 @@
 //! What cannot run is refused with a message that says what is wrong and what to do, and hangs nothing.
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Result, ensure};
 use libtest_mimic::Trial;
-use machine_tests::hypervisor::boot_guests;
+use machine_tests::hypervisor::{boot_guests, find_guest};
 use machine_tests::{check, check_eq, trial};
 use xtask::config::Policy;
 use xtask::events::Body;
-use xtask::guests::{self, Guest};
+use xtask::guests::Guest;
 use xtask::machine::{Accelerator, Emulator, Exit, MachineConfig};
 
 pub fn trials() -> Vec<Trial> {
@@ -17,7 +17,7 @@ pub fn trials() -> Vec<Trial> {
 }
 
 fn controls() -> Result<&'static Guest> {
-    guests::find("controls").context("no guest `controls`")
+    find_guest("controls")
 }
 
 /// Runs on a machine where the hypervisor cannot run; why it says that it cannot.

@@ -5,11 +5,11 @@ use std::collections::{BTreeMap, BTreeSet};
 
 use anyhow::{Context, Result, anyhow, ensure};
 use libtest_mimic::Trial;
-use machine_tests::hypervisor::{boot, check_orderly, system};
+use machine_tests::hypervisor::{boot, check_orderly, find_guest, system};
 use machine_tests::{check, check_eq, trial};
 use xtask::config::{HvConfig, Policy, Vm};
 use xtask::events::{Body, Counters, Event};
-use xtask::guests::{self, SUCCESS};
+use xtask::guests::SUCCESS;
 use xtask::machine::{Exit, MachineConfig, RunOutcome, SldScope};
 use xtask::stress::{Plan, Stressed};
 use xtask::topology::Topology;
@@ -77,7 +77,7 @@ fn config(vms: Vec<Vm>) -> HvConfig {
 
 /// A VM of a test guest, by the name of both.
 fn vm(guest: &str, name: &str, cmdline: &str) -> Result<Vm> {
-    let guest = guests::find(guest).with_context(|| format!("no guest {guest}"))?;
+    let guest = find_guest(guest)?;
     let (name, cmdline) = (name.to_owned(), cmdline.to_owned());
     Ok(Vm { name, cmdline, ..Vm::of_guest(guest) })
 }

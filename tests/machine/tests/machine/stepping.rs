@@ -5,13 +5,12 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use libtest_mimic::Trial;
-use machine_tests::hypervisor::{check_success, split_locks};
+use machine_tests::hypervisor::{check_success, find_guest, split_locks};
 use machine_tests::{check, check_eq, trial};
 use xtask::config::{HvConfig, Policy, Vm};
 use xtask::events::{Ac, Body, Event, Outcome, Truth};
-use xtask::guests;
 use xtask::machine::{MachineConfig, RunOutcome};
 use xtask::topology::Topology;
 
@@ -43,7 +42,7 @@ pub fn trials() -> Vec<Trial> {
 const LIMIT_TICKS: u64 = 100_000_000;
 
 fn run(policy: Policy, cpus: Topology, vcpus: u32, parts: &str) -> Result<()> {
-    let guest = guests::find("stepping").context("it is not registered")?;
+    let guest = find_guest("stepping")?;
     let cmdline = format!("{parts} count=15");
     let vm = Vm { vcpus, cmdline, limit_ticks: Some(LIMIT_TICKS), ..Vm::of_guest(guest) };
     let config =
@@ -83,7 +82,7 @@ fn run(policy: Policy, cpus: Topology, vcpus: u32, parts: &str) -> Result<()> {
 /// Random locked instructions do the same where they are stepped or emulated as on an aligned operand.
 fn operations(policy: Policy, done: &str, seed: u64) -> Result<()> {
     const COUNT: usize = 4000;
-    let guest = guests::find("locked-ops").context("it is not registered")?;
+    let guest = find_guest("locked-ops")?;
     let vm = Vm { cmdline: format!("count={COUNT} seed={seed}"), ..Vm::of_guest(guest) };
     let outcome = vms::run(&HvConfig::new(policy, vec![vm]), MachineConfig::default())?;
     check_success(&outcome, guest.name)?;

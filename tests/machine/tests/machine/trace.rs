@@ -1,16 +1,16 @@
 //! VMs that are traced: everything that they and the events show is what the CPU's own detection would
 //! have made of it, on machines that have none and beside VMs that use it.
 
-use anyhow::{Context, Result};
+use anyhow::Result;
 use libtest_mimic::Trial;
 use machine_tests::hypervisor::{
     boot, boot_guests_by, check_guest, check_orderly, check_split_locks, check_success,
-    count_verdicts, is_traced, machine_for, make, split_locks,
+    count_verdicts, find_guest, is_traced, machine_for, make, split_locks,
 };
 use machine_tests::{check, check_eq, trial};
 use xtask::config::{HvConfig, Policy, SldSource, Vm};
 use xtask::events::Body;
-use xtask::guests::{self, GUESTS, Guest, Situation};
+use xtask::guests::{GUESTS, Guest, Situation};
 use xtask::machine::{MachineConfig, RunOutcome};
 use xtask::topology::Topology;
 
@@ -61,14 +61,10 @@ fn run(guest: &Guest, situation: Situation) -> Result<()> {
     check_split_locks(&outcome, &[guest], situation)
 }
 
-fn find(name: &str) -> Result<&'static Guest> {
-    guests::find(name).with_context(|| format!("no guest {name}"))
-}
-
 /// A VM of the guest that splits a thousand locks.
 fn storm(name: &str, source: SldSource, policy: Policy) -> Result<Vm> {
     let (source, policy) = (Some(source), Some(policy));
-    Ok(Vm { name: name.to_owned(), source, policy, ..Vm::of_guest(find("split-storm")?) })
+    Ok(Vm { name: name.to_owned(), source, policy, ..Vm::of_guest(find_guest("split-storm")?) })
 }
 
 /// VM exits of a VM for this reason.
@@ -92,7 +88,11 @@ fn mixture() -> Result<()> {
         storm("traced-emulate", Trace, Policy::Emulate)?,
         storm("traced-fatal", Trace, Policy::Fatal)?,
         storm("nobody", Nothing, Policy::Off)?,
-        Vm { name: "own".to_owned(), source: Some(Trace), ..Vm::of_guest(find("sld-aware")?) },
+        Vm {
+            name: "own".to_owned(),
+            source: Some(Trace),
+            ..Vm::of_guest(find_guest("sld-aware")?)
+        },
     ];
     let config =
         HvConfig { slice_ticks: Some(50_000), verify: true, ..HvConfig::new(Policy::Warn, vms) };
@@ -144,7 +144,7 @@ fn threads() -> Result<()> {
 fn ends() -> Result<()> {
     let source = SldSource::Trace;
     let stepped = |name: &str| -> Result<u64> {
-        let guest = find(name)?;
+        let guest = find_guest(name)?;
         let outcome = boot_guests_by(Policy::Warn, source, &[guest], machine_for(source))?;
         check_orderly(&outcome)?;
         check_guest(&outcome, guest, Situation::Warn)?;
@@ -158,7 +158,7 @@ fn ends() -> Result<()> {
 /// Who says nothing gets the CPU's detection where it works, and is traced where it does not.
 fn chosen() -> Result<()> {
     for (sld, source) in [(true, "msr"), (false, "trace")] {
-        let config = HvConfig::new(Policy::Step, vec![Vm::of_guest(find("split-add-cpl0")?)]);
+        let config = HvConfig::new(Policy::Step, vec![Vm::of_guest(find_guest("split-add-cpl0")?)]);
         let outcome = vms::run(&config, MachineConfig { sld, ..MachineConfig::default() })?;
         let found = outcome.events.iter().find_map(|event| match &event.body {
             Body::Boot { sld_source, .. } => Some(sld_source.as_str()),

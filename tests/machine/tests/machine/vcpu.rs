@@ -3,13 +3,13 @@
 
 use std::collections::BTreeMap;
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use libtest_mimic::Trial;
-use machine_tests::hypervisor::{boot, boot_guests, check_guest, check_orderly, make};
+use machine_tests::hypervisor::{boot, boot_guests, check_guest, check_orderly, find_guest, make};
 use machine_tests::{check_eq, trial};
 use xtask::config::{HvConfig, Policy, Setup, Vm};
 use xtask::events::Body;
-use xtask::guests::{self, Guest, SUCCESS, Situation};
+use xtask::guests::{SUCCESS, Situation};
 use xtask::machine::{MachineConfig, RunOutcome};
 
 use crate::vms::{self, on};
@@ -58,7 +58,7 @@ const EXITS: [&str; 15] = [
 ];
 
 fn registers(seeds: &[u64], config: MachineConfig) -> Result<()> {
-    let guest = find("registers")?;
+    let guest = find_guest("registers")?;
     let name = |seed: u64| format!("{}-{seed}", guest.name);
     let vms = seeds.iter().map(|&seed| Vm {
         name: name(seed),
@@ -83,7 +83,7 @@ fn registers(seeds: &[u64], config: MachineConfig) -> Result<()> {
 
 /// A guest that waits for a timer in the far future ends when its time is up.
 fn far_timer() -> Result<()> {
-    let guest = find("hlt-forever")?;
+    let guest = find_guest("hlt-forever")?;
     let vm =
         Vm { cmdline: "timer".to_owned(), limit_ticks: Some(3_000_000), ..Vm::of_guest(guest) };
     let outcome = vms::run(&in_short_turns(vec![vm]), MachineConfig::default())?;
@@ -93,7 +93,7 @@ fn far_timer() -> Result<()> {
 
 /// CVE-2015-5307.
 fn endless() -> Result<()> {
-    let guests = [find("ac-loop")?, find("controls")?, find("ac-delivery")?];
+    let guests = [find_guest("ac-loop")?, find_guest("controls")?, find_guest("ac-delivery")?];
     let (sld, config) = make(Situation::Warn);
     let outcome = boot_guests(sld, &guests, config)?;
     check_orderly(&outcome)?;
@@ -106,7 +106,7 @@ fn endless() -> Result<()> {
 /// Timers that become due while others run, in two VMs beside one whose guest wants nothing of its local APIC.
 fn local_apics() -> Result<()> {
     const COUNT: usize = 2;
-    let guest = find("apic")?;
+    let guest = find_guest("apic")?;
     let names = [[guest.name; COUNT].as_slice(), &["controls"]].concat();
     let names: Vec<String> = names.into_iter().map(str::to_owned).collect();
     let (sld, config) = make(Situation::Warn);
@@ -131,10 +131,6 @@ fn local_apics() -> Result<()> {
 
 fn in_short_turns(vms: Vec<Vm>) -> HvConfig {
     HvConfig { slice_ticks: Some(SLICE_TICKS), ..HvConfig::new(Policy::Warn, vms) }
-}
-
-fn find(name: &str) -> Result<&'static Guest> {
-    guests::find(name).with_context(|| format!("no guest {name}"))
 }
 
 /// Reason, status and exits of a VM.
