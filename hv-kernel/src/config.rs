@@ -6,6 +6,7 @@ use alloc::string::{String, ToString};
 use alloc::vec::Vec;
 use core::fmt;
 use core::ops::RangeInclusive;
+use core::str::FromStr;
 
 use serde::Deserialize;
 use sld::{Policy, Source};
@@ -68,10 +69,10 @@ impl AtEnd {
 #[serde(deny_unknown_fields)]
 pub struct Config {
     /// What is done when a guest splits a lock; the host's mode follows from it.
-    #[serde(deserialize_with = "policy")]
+    #[serde(deserialize_with = "parsed")]
     pub sld: Policy,
     /// Where split locks of VMs that say nothing are detected.
-    #[serde(default, deserialize_with = "source")]
+    #[serde(default, deserialize_with = "parsed")]
     pub source: Source,
     /// How long a vCPU runs before the next one's turn, in ticks of the TSC.
     #[serde(default = "default_slice")]
@@ -127,10 +128,10 @@ pub struct VmConfig {
     #[serde(default)]
     pub expose_sld: bool,
     /// What is done when this guest splits a lock; as in all others if absent.
-    #[serde(default, deserialize_with = "optional_policy")]
+    #[serde(default, deserialize_with = "optional")]
     pub policy: Option<Policy>,
     /// Where its split locks are detected; as those of all others if absent.
-    #[serde(default, deserialize_with = "optional_source")]
+    #[serde(default, deserialize_with = "optional")]
     pub source: Option<Source>,
     /// The VM is ended once one of its vCPUs has run for this many ticks of the TSC; never if absent.
     #[serde(default)]
@@ -155,28 +156,23 @@ const fn default_weight() -> i64 {
     100
 }
 
-fn policy<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Policy, D::Error> {
+/// A value that is written as text.
+fn parsed<'de, D, T>(deserializer: D) -> Result<T, D::Error>
+where
+    D: serde::Deserializer<'de>,
+    T: FromStr<Err: fmt::Display>,
+{
     let text = String::deserialize(deserializer)?;
     text.parse().map_err(|error| serde::de::Error::custom(format!("{error}, not `{text}`")))
 }
 
-fn optional_policy<'de, D>(deserializer: D) -> Result<Option<Policy>, D::Error>
+/// The same where the key may be absent.
+fn optional<'de, D, T>(deserializer: D) -> Result<Option<T>, D::Error>
 where
     D: serde::Deserializer<'de>,
+    T: FromStr<Err: fmt::Display>,
 {
-    policy(deserializer).map(Some)
-}
-
-fn source<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<Source, D::Error> {
-    let text = String::deserialize(deserializer)?;
-    text.parse().map_err(|error| serde::de::Error::custom(format!("{error}, not `{text}`")))
-}
-
-fn optional_source<'de, D>(deserializer: D) -> Result<Option<Source>, D::Error>
-where
-    D: serde::Deserializer<'de>,
-{
-    source(deserializer).map(Some)
+    parsed(deserializer).map(Some)
 }
 
 fn at_end<'de, D: serde::Deserializer<'de>>(deserializer: D) -> Result<AtEnd, D::Error> {

@@ -8,6 +8,8 @@
 use core::fmt;
 
 use sld::{Detection, Host, Policy, PolicyError, SldMode, Source, VmPolicy};
+use vmx::bus_lock;
+use vmx::capability::Capabilities;
 
 use crate::config::{Config, VmConfig};
 
@@ -83,8 +85,10 @@ pub struct Given {
 pub enum NotGiven {
     /// It asks for the CPUs' detection, and there is none.
     NoMsr(Detection),
-    /// It wants its split locks limited, and nothing tells of them.
+    /// It wants its split locks limited, and is not looked at beside VMs that are.
     NothingToLimit,
+    /// It wants its split locks limited, nothing detects them, and the CPU does not tell of bus locks.
+    NoBusLockExits,
     /// Its policy does not go with the host's mode.
     Policy(PolicyError),
 }
@@ -106,6 +110,10 @@ impl fmt::Display for NotGiven {
                 f,
                 "a ratelimit with source none has nothing to go by; {use_others}, or another policy"
             ),
+            Self::NoBusLockExits => f.write_str(
+                "a ratelimit with source none needs a CPU that exits at bus locks, and this one does \
+                 not; use source auto, or another policy",
+            ),
             Self::Policy(error) => error.fmt(f),
         }
     }
@@ -123,12 +131,12 @@ impl Domains {
         self.default.on(self.detection).unwrap_or(Source::None)
     }
 
-    /// What this VM gets.
+    /// What this VM gets on CPUs with these capabilities.
     ///
     /// # Errors
     ///
     /// [`NotGiven`]; other VMs are not concerned.
-    pub fn give(&self, vm: &VmConfig) -> Result<Given, NotGiven> {
+    pub fn give(&self, vm: &VmConfig, caps: &Capabilities) -> Result<Given, NotGiven> {
         let source = vm.source.unwrap_or(self.default).on(self.detection);
         let source = source.ok_or(NotGiven::NoMsr(self.detection))?;
         let (policy, aside) = match source {
@@ -151,6 +159,9 @@ impl Domains {
                 (VmPolicy::new(self.real_host(), vm.policy, vm.expose_sld)?, None)
             }
         };
+        if !bus_lock::can_limit(policy, caps) {
+            return Err(NotGiven::NoBusLockExits);
+        }
         Ok(Given { source, policy, aside })
     }
 
@@ -192,12 +203,23 @@ mod tests {
 
     const BROKEN: Detection = Detection::Failed(ProbeFailure::ReadFault);
 
+    /// CPUs that exit at bus locks, or do not.
+    fn caps(exits: bool) -> Capabilities {
+        let read = |msr| match msr {
+            // IA32_VMX_PROCBASED_CTLS2.
+            0x48b if !exits => Ok::<u64, ()>(0),
+            _ => Ok(u64::MAX << 32),
+        };
+        Capabilities::read(read).unwrap()
+    }
+
     /// What the first VM gets on CPUs that detect or do not.
     fn given(keys: &str, vms: &[&str], detection: Detection) -> Result<Given, String> {
         let config = config(keys, vms);
         let wishes = Wishes::of(&config);
         let real = if detection == Detection::Works { wishes.real_mode() } else { SldMode::Off };
-        wishes.on(detection, real).give(&config.vms[0]).map_err(|why| why.to_string())
+        let given = wishes.on(detection, real).give(&config.vms[0], &caps(false));
+        given.map_err(|why| why.to_string())
     }
 
     #[test]
@@ -248,6 +270,18 @@ mod tests {
             assert_eq!((unseen.source, unseen.policy.policy()), (Source::None, policy));
             assert!(!unseen.policy.exposed() && unseen.aside.is_none());
         }
+    }
+
+    #[test]
+    fn a_limit_that_nothing_detects_needs_exits_at_bus_locks() {
+        let config = config("sld = \"warn\"\nsource = \"none\"", &["policy = \"ratelimit=5\""]);
+        let domains = Wishes::of(&config).on(Detection::Absent, SldMode::Off);
+        let give = |exits| domains.give(&config.vms[0], &caps(exits));
+        let limit = "ratelimit=5".parse().unwrap();
+        assert_eq!(give(true).map(|given| given.policy.policy()).ok(), Some(limit));
+        let why = give(false).unwrap_err();
+        assert_eq!(why, NotGiven::NoBusLockExits);
+        assert!(why.to_string().starts_with("a ratelimit with source none needs a CPU that exits"));
     }
 
     #[test]

@@ -13,7 +13,6 @@ use sld::{PerSecond, Policy, PolicyError, RateLimiter, Source, VmPolicy};
 use spin::{Mutex, Once};
 use vmx::addr::{GuestPhysAddr, HostPhysAddr};
 use vmx::bitmap::{IO_ALL_EXIT, MsrBitmap};
-use vmx::bus_lock;
 use vmx::capability::Capabilities;
 use vmx::controls::Secondary;
 use vmx::cpuid::{CpuidTable, Offer};
@@ -86,8 +85,6 @@ pub enum StartError {
     TooManyVcpus,
     /// What it wants of split-lock detection is not to be had.
     Detection(NotGiven),
-    /// A limit of split locks, of which nobody tells on this machine.
-    NothingToLimit,
     /// Memory is short.
     OutOfMemory {
         /// What the VM is to have, in bytes.
@@ -109,10 +106,6 @@ impl fmt::Display for StartError {
                 write!(f, "all VMs together have {MAX_VCPUS} vCPUs at most; run fewer")
             }
             Self::Detection(error) => error.fmt(f),
-            Self::NothingToLimit => f.write_str(
-                "a ratelimit with source none needs a CPU that exits at bus locks, and this one does \
-                 not; use source auto, or another policy",
-            ),
             Self::OutOfMemory { wanted, free } => write!(
                 f,
                 "too little memory: the VM is to have {} MiB, {} MiB are free; lower its \
@@ -548,10 +541,7 @@ impl Factory<'_> {
         // VPIDs are numbers plus 1.
         let ids = u16::try_from(first).ok().zip(u16::try_from(end).ok());
         let ids = ids.filter(|_| end <= MAX_VCPUS).ok_or(StartError::TooManyVcpus)?;
-        let given = self.domains.give(config).map_err(StartError::Detection)?;
-        if !bus_lock::can_limit(given.policy, self.caps) {
-            return Err(StartError::NothingToLimit);
-        }
+        let given = self.domains.give(config, self.caps).map_err(StartError::Detection)?;
         self.image(config)?;
         let wanted = config.memory_mib << 20;
         // Compared first: to zero memory only to find that it is not enough takes time.
