@@ -111,6 +111,21 @@ pub fn repair_division() {
     }
 }
 
+/// Stops the host's clock for Bochs, which has it switch the status bar's lamps off. That a timer goes off
+/// is enough to change how far CPUs get in their turns, so machines of several CPUs would not run the same
+/// way every time, on a busy host least of all.
+pub fn stop_host_clock() {
+    const NAME: &CStr = c"bx_get_realtime64_usec";
+
+    /// `Bit64u bx_get_realtime64_usec(void)`: microseconds since 1970.
+    extern "C" fn stopped() -> u64 {
+        0
+    }
+    // SAFETY: a function that asks the system for the time and multiplies it is longer than a jump; the
+    // replacement has its (no) parameters; Bochs has not begun to run.
+    unsafe { redirect(NAME, symbol(NAME).cast(), stopped as *const ()) };
+}
+
 fn page_size() -> usize {
     // SAFETY: no preconditions.
     let size = unsafe { libc::sysconf(libc::_SC_PAGESIZE) };

@@ -65,6 +65,7 @@ pub fn install() {
         die("loaded twice");
     }
     bochs::repair_division();
+    bochs::stop_host_clock();
     // SAFETY: the hooks have the stubs' parameters, which stand in the mangled names; Bochs has no
     // thread yet.
     unsafe {

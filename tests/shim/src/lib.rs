@@ -34,10 +34,11 @@
 //! no copy, so resets and refused writes need no care. A machine without it never faults, but every
 //! split lock is still recorded as taken.
 //!
-//! Nothing else that the shim does changes the machine, but for one repair: where Bochs divides signed
-//! 64-bit numbers wrongly, as Debian's 3.1 does, a right division takes its place. It reads registers
-//! and memory through Bochs' debug interfaces and spends no machine time. Time is counted in
-//! instructions, so a run is the same with and without a truth file.
+//! Nothing else that the shim does changes the machine, but for two repairs: where Bochs divides signed
+//! 64-bit numbers wrongly, as Debian's 3.1 does, a right division takes its place; and the host's clock
+//! stands still, so that a run does not depend on how fast the host is. It reads registers and memory
+//! through Bochs' debug interfaces and spends no machine time. Time is counted in instructions, so a run
+//! is the same with and without a truth file. (RDRAND alone gives other numbers every time.)
 //!
 //! # What it relies on, and what it does when that is not there
 //!
