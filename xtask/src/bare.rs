@@ -3,10 +3,12 @@
 //!
 //! Everything is built for the host's own target, as freestanding static executables: no other
 //! target's standard library need be installed. Each part has a target directory of its own, since
-//! their flags differ.
+//! their flags differ. What is built does not depend on where the project and cargo's files are.
 
 use std::{
+    env,
     io::{BufRead, BufReader},
+    iter,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -108,6 +110,20 @@ pub fn root() -> &'static Path {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("xtask is in the project")
 }
 
+/// Where cargo unpacks the sources of packages, if that can be found out.
+fn sources_of_packages() -> Option<PathBuf> {
+    let home = match env::var_os("CARGO_HOME") {
+        Some(home) => PathBuf::from(home),
+        None => env::home_dir()?.join(".cargo"),
+    };
+    Some(home.join("registry/src"))
+}
+
+/// The flag that has panics' messages and debugging information call `directory` something else.
+fn renamed(directory: &Path, name: &str) -> String {
+    format!("--remap-path-prefix={}={name}", directory.display())
+}
+
 /// The part that we need of cargo's messages on standard output, one JSON object a line.
 #[derive(Deserialize)]
 struct Message {
@@ -135,16 +151,19 @@ impl Part {
     /// Runs cargo, whose progress and complaints the user sees as they come. Nothing is done if
     /// nothing has changed.
     fn build(&self) -> Result<Vec<(String, PathBuf)>> {
-        let script = format!("-Clink-arg=-T{}", root().join(self.linker_script).display());
-        let flags =
-            FLAGS.iter().chain(self.flags).copied().chain([script.as_str()]).collect::<Vec<_>>();
+        // Cargo has the compiler, and so the linker, run in the project's root.
+        let script = format!("-Clink-arg=-T{}", self.linker_script);
+        let names = [(Some(root().into()), "."), (sources_of_packages(), "/packages")]
+            .map(|(directory, name)| Some(renamed(&directory?, name)));
+        let own = iter::once(script.as_str()).chain(names.iter().flatten().map(String::as_str));
+        let flags = FLAGS.iter().chain(self.flags).copied().chain(own).collect::<Vec<_>>();
         let directory = self.executable.unwrap_or(self.package);
         let target_dir = crate::target_directory().join("bare").join(directory);
         let executables = match self.executable {
             Some(name) => vec!["--bin", name],
             None => vec!["--bins"],
         };
-        let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
+        let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()))
             .current_dir(root())
             .args(["build", "--release", "--message-format=json-render-diagnostics"])
             .args(executables)

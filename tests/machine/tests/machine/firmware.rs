@@ -10,6 +10,7 @@ use anyhow::{Context, Result, ensure};
 use libtest_mimic::Trial;
 use machine_tests::hypervisor::{check_guest, check_orderly, find_guest, make, system};
 use machine_tests::{Disk, check, check_eq, run, sector, trial};
+use xtask::bare::root;
 use xtask::config::{Setup, Source};
 use xtask::events::Body;
 use xtask::firmware::Firmware;
@@ -24,6 +25,7 @@ pub fn trials() -> Vec<Trial> {
         trial("firmware::spcr_names_the_port_of_the_log", spcr),
         trial("firmware::uefi::two_cpus", || runs(Firmware::Uefi, 256, 2.into())),
         trial("firmware::a_controlled_machine_is_reset", reset),
+        trial("firmware::disks_do_not_tell_where_they_were_built", nameless),
     ];
     for (name, firmware) in [("bios", Firmware::Bios), ("uefi", Firmware::Uefi)] {
         let name = |what: &str| format!("firmware::{name}::{what}");
@@ -63,6 +65,18 @@ fn disk() -> Result<Disk> {
     let disk = Disk::new()?;
     system()?.disk(&Setup { config, images }, disk.path())?;
     Ok(disk)
+}
+
+/// The same sources give the same disk in every directory, and so a machine that does the same.
+fn nameless() -> Result<()> {
+    let disk = fs::read(disk()?.path())?;
+    for name in [&*root().to_string_lossy(), "/registry/src/"] {
+        let found = disk.windows(name.len()).any(|bytes| bytes == name.as_bytes());
+        ensure!(!found, "{name} is in it");
+    }
+    // They are there under other names.
+    ensure!(disk.windows(10).any(|bytes| bytes == b"/packages/"), "no package's source is named");
+    Ok(())
 }
 
 fn machine(firmware: Firmware) -> MachineConfig {
