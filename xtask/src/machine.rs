@@ -526,8 +526,8 @@ fn watch(
     let mut events = Tail::new(directory.file(EVENTS));
     let mut truth = Tail::new(directory.file(TRUTH));
     let mut log = Tail::new(directory.file(bochs::file::LOG));
-    // Others say too little to fill it.
-    let mut terminal = link.is_some().then(|| Terminal::new(directory.file(OUTPUT)));
+    let mut terminal =
+        (config.emulator == Emulator::Bochs).then(|| Terminal::new(directory.file(OUTPUT)));
     let mut logged = String::new();
     let mut shut_down = false;
     let mut said_last = false;

@@ -15,6 +15,7 @@ pub fn trials() -> Vec<Trial> {
     let mut trials = vec![
         trial("hostile::sleeper_on_one_cpu", || sleep(1)),
         trial("hostile::sleeper_comes_from_another_cpu", || sleep(2)),
+        trial("hostile::a_long_log_stops_nothing", long_log),
     ];
     for (word, exit, least) in TAKERS {
         let name = format!("hostile::{}", word.replace('-', "_"));
@@ -100,6 +101,18 @@ fn judge_taker(
         shares.push((share, report.longest, report.at));
     }
     println!("{word}: {exits} exits; victims' shares in %, longest pauses, when: {shares:?}");
+    Ok(())
+}
+
+/// A VM that prints a thousand lines comes to its end: what the machine draws of them is read.
+fn long_log() -> Result<()> {
+    const LINES: usize = 1000;
+    let talker =
+        Vm { limit_ticks: Some(25_000_000), ..vm("talker", 1, None, "storm-console".into()) };
+    let outcome = run(vec![talker], 1, 100_000)?;
+    ended(&outcome, "talker", End::TimeLimit)?;
+    let lines = outcome.serial.lines().count();
+    ensure!(lines > LINES, "only {lines} lines");
     Ok(())
 }
 
