@@ -30,6 +30,9 @@ const FLAGS: [&str; 6] = [
     "-Cpanic=abort",
 ];
 
+/// What debugging information calls the project's root.
+pub const SOURCES: &str = ".";
+
 /// At fixed addresses.
 const FIXED: &str = "-Crelocation-model=static";
 
@@ -153,7 +156,7 @@ impl Part {
     fn build(&self) -> Result<Vec<(String, PathBuf)>> {
         // Cargo has the compiler, and so the linker, run in the project's root.
         let script = format!("-Clink-arg=-T{}", self.linker_script);
-        let names = [(Some(root().into()), "."), (sources_of_packages(), "/packages")]
+        let names = [(Some(root().into()), SOURCES), (sources_of_packages(), "/packages")]
             .map(|(directory, name)| Some(renamed(&directory?, name)));
         let own = iter::once(script.as_str()).chain(names.iter().flatten().map(String::as_str));
         let flags = FLAGS.iter().chain(self.flags).copied().chain(own).collect::<Vec<_>>();

@@ -173,6 +173,11 @@ impl Measured {
     pub fn in_hypervisor(&self) -> u64 {
         self.functions.iter().map(|(_, times)| times).sum()
     }
+
+    /// The functions that these belong to.
+    pub fn functions(&self) -> impl Iterator<Item = &str> {
+        self.functions.iter().map(|(name, _)| name.as_str())
+    }
 }
 
 /// A row of the JSON file.

@@ -8,7 +8,7 @@ use anyhow::{Context, Result};
 use object::{Object, ObjectSection};
 use serde::Deserialize;
 
-use crate::bare::root;
+use crate::bare;
 use crate::events::Address;
 use crate::symbols::Symbols;
 
@@ -87,7 +87,7 @@ impl<'a> Functions<'a> {
         let mut frames = self.debug.find_frames(address.0).skip_all_loads()?;
         while let Some(frame) = frames.next()? {
             let file = frame.location.as_ref().and_then(|location| location.file);
-            let ours = file.is_some_and(|file| Path::new(file).starts_with(root()));
+            let ours = file.is_some_and(|file| Path::new(file).starts_with(bare::SOURCES));
             if let (true, Some(function)) = (ours, frame.function) {
                 return Ok(function.demangle()?.into_owned());
             }

@@ -36,6 +36,10 @@ fn counts() -> Result<()> {
         let expected = row.in_hypervisor() + in_guest;
         ensure!(row.median() == Some(expected), "{name}: {:?}, not {expected}", row.median());
     }
+    // A function that is always inlined has instructions of its own.
+    let cpuid = measured.iter().find(|row| row.name() == "cpuid").context("no CPUID")?;
+    let inlined = "vmx::instruction::CurrentVmcs::read";
+    ensure!(cpuid.functions().any(|name| name == inlined), "no instructions of {inlined}");
     let switch = measured.iter().find(|row| row.name() == "vcpu_switch").context("no switch")?;
     ensure!(switch.median().is_some(), "no vCPU was switched");
     Ok(())
