@@ -8,7 +8,6 @@
 use std::{
     env,
     io::{BufRead, BufReader},
-    iter,
     path::{Path, PathBuf},
     process::{Command, Stdio},
 };
@@ -154,12 +153,11 @@ impl Part {
     /// Runs cargo, whose progress and complaints the user sees as they come. Nothing is done if
     /// nothing has changed.
     fn build(&self) -> Result<Vec<(String, PathBuf)>> {
+        let mut flags: Vec<_> = FLAGS.iter().chain(self.flags).map(ToString::to_string).collect();
         // Cargo has the compiler, and so the linker, run in the project's root.
-        let script = format!("-Clink-arg=-T{}", self.linker_script);
-        let names = [(Some(root().into()), SOURCES), (sources_of_packages(), "/packages")]
-            .map(|(directory, name)| Some(renamed(&directory?, name)));
-        let own = iter::once(script.as_str()).chain(names.iter().flatten().map(String::as_str));
-        let flags = FLAGS.iter().chain(self.flags).copied().chain(own).collect::<Vec<_>>();
+        flags.push(format!("-Clink-arg=-T{}", self.linker_script));
+        flags.push(renamed(root(), SOURCES));
+        flags.extend(sources_of_packages().map(|directory| renamed(&directory, "/packages")));
         let directory = self.executable.unwrap_or(self.package);
         let target_dir = crate::target_directory().join("bare").join(directory);
         let executables = match self.executable {

@@ -91,8 +91,8 @@ impl std::fmt::Display for Fate {
     }
 }
 
-/// What becomes of the demonstration's guests and their split locks: under KVM with Linux' modes `warn` and `fatal`, under ours
-/// with the policies of these names.
+/// What becomes of the demonstration's guests and their split locks: under KVM with Linux' modes `warn` and
+/// `fatal`, under ours with the policies of these names.
 pub struct SplitLocks(Vec<(&'static str, [Fate; 4])>);
 
 /// Runs the guests.

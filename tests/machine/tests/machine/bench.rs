@@ -31,16 +31,15 @@ const ROWS: [(&str, u64); 13] = [
 
 fn counts() -> Result<()> {
     let measured = measure(&System::build()?)?;
+    let find = |name: &'static str| measured.iter().find(|row| row.name() == name).context(name);
     for (name, in_guest) in ROWS {
-        let row = measured.iter().find(|row| row.name() == name).context(name)?;
+        let row = find(name)?;
         let expected = row.in_hypervisor() + in_guest;
         ensure!(row.median() == Some(expected), "{name}: {:?}, not {expected}", row.median());
     }
     // A function that is always inlined has instructions of its own.
-    let cpuid = measured.iter().find(|row| row.name() == "cpuid").context("no CPUID")?;
     let inlined = "vmx::instruction::CurrentVmcs::read";
-    ensure!(cpuid.functions().any(|name| name == inlined), "no instructions of {inlined}");
-    let switch = measured.iter().find(|row| row.name() == "vcpu_switch").context("no switch")?;
-    ensure!(switch.median().is_some(), "no vCPU was switched");
+    ensure!(find("cpuid")?.functions().any(|name| name == inlined), "no instructions of {inlined}");
+    ensure!(find("vcpu_switch")?.median().is_some(), "no vCPU was switched");
     Ok(())
 }
